@@ -1,0 +1,31 @@
+"""The supervised fine-tuning microbatch step, taken apart.
+
+Importing this imports torch and nothing else: no widgets, no plots. Those are in `sft_edu.widgets` and `sft_edu.plots`.
+"""
+
+from sft_edu.checks import PositiveLogProbWarning, raise_for_bad_values
+from sft_edu.log_probs import compute_entropy, get_response_log_probs
+from sft_edu.model import TinyLM, default_device
+from sft_edu.scaling import RULES, Rule
+from sft_edu.step import masked_normalize, sft_microbatch_train_step
+from sft_edu.tokens import ByteTokenizer, Tokenizer, tokenize_prompt_and_output, visible_token
+from sft_edu.trace import Trace, no_tap
+
+__all__ = [
+    "RULES",
+    "ByteTokenizer",
+    "PositiveLogProbWarning",
+    "Rule",
+    "TinyLM",
+    "Tokenizer",
+    "Trace",
+    "compute_entropy",
+    "default_device",
+    "get_response_log_probs",
+    "masked_normalize",
+    "no_tap",
+    "raise_for_bad_values",
+    "sft_microbatch_train_step",
+    "tokenize_prompt_and_output",
+    "visible_token",
+]

@@ -1,0 +1,152 @@
+"""Pictures of a step: numbers in, matplotlib Figure out.
+
+Nothing here knows torch or pyplot. A picture is built once and then updated in place, because drawing a new figure for
+every move of a slider flickers and fills the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib import colormaps
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+INK, FAINT, LINE = "#1b1f24", "#5d646d", "#c9ced6"
+ROLE_FILL = {"response": "#cfe2f3", "prompt": "#eceef1", "padding": "#ffffff"}
+ROLE_HATCH = {"response": "", "prompt": "", "padding": "....."}
+
+_WIDTH, _CHAIN, _TITLE, _ROW, _ROW_WITH_TOKEN = 10.4, 1.15, 0.3, 0.36, 0.5  # inches
+_GRADIENT_NORM = SymLogNorm(linthresh=1e-4, vmin=-1, vmax=1, clip=True)
+
+Matrix = Sequence[Sequence[float]]
+
+
+class StepPicture:
+    """One microbatch step: the six steps as a chain, the log-probs with their mask, the gradient below them.
+
+    Args:
+        roles: B rows of T names, `prompt`, `response` or `padding`: the tint of each token.
+        tokens: B rows of T short texts, or None: positions are numbered then.
+    """
+
+    def __init__(self, roles: Sequence[Sequence[str]], tokens: Sequence[Sequence[str]] | None = None) -> None:
+        rows, columns = len(roles), len(roles[0])
+        side_by_side = columns <= 6
+        grid = _TITLE + rows * (_ROW_WITH_TOKEN if tokens else _ROW)
+        height = _CHAIN + grid + 0.15 + (0 if side_by_side else grid + 0.1)
+        self.figure = Figure(figsize=(_WIDTH, height), facecolor="white")
+
+        def place(left: float, top: float, width: float, height_: float):
+            """Axes at a place counted in inches from the upper left corner."""
+            return self.figure.add_axes(
+                (left / _WIDTH, 1 - (top + height_) / height, width / _WIDTH, height_ / height)
+            )
+
+        legend = "blue response, grey prompt, dotted padding; " if tokens else ""
+        width = (_WIDTH - 0.3) / 2 if side_by_side else _WIDTH
+        self._chain = _Chain(place(0, 0.05, _WIDTH, _CHAIN - 0.1))
+        self._log_probs = _Cells(
+            place(0, _CHAIN, width, grid), roles, tokens, f"policy_log_probs; {legend}a dark frame marks mask = 1"
+        )
+        second = (_WIDTH - width, _CHAIN) if side_by_side else (0, _CHAIN + grid + 0.1)
+        self._gradient = _Cells(
+            place(*second, width, grid), roles, tokens, "gradient of scaled_loss with respect to policy_log_probs"
+        )
+        self.shape = (rows, columns)
+
+    def update(self, steps: Mapping[str, tuple[str, str]], log_probs: Matrix, mask: Matrix, gradient: Matrix) -> None:
+        """Show other numbers.
+
+        Args:
+            steps: name of a step to its formula and its value, both as text, in order.
+            log_probs: `[B, T]`.
+            mask: `[B, T]`, 0 or 1.
+            gradient: `[B, T]`.
+        """
+        self._chain.update(steps)
+        self._log_probs.update(log_probs, mask)
+        self._gradient.update(gradient, mask, gradient_colour)
+
+
+def gradient_colour(gradient: float) -> tuple[float, float, float, float]:
+    """White for exactly 0, orange below, purple above; logarithmic, because G divides twice."""
+    # The outer ends of PuOr are too dark to write on.
+    return colormaps["PuOr"](0.5 + 0.32 * (2 * float(_GRADIENT_NORM(gradient)) - 1)) if gradient else (1, 1, 1, 1)
+
+
+class _Chain:
+    """The six steps as boxes from left to right."""
+
+    NAMES = ("num_tokens", "masked_sum", "loss", "scaled_loss", "backward", "returned_loss")
+
+    def __init__(self, axes) -> None:
+        axes.set(xlim=(0, 6), ylim=(0, 1))
+        axes.axis("off")
+        self._formula, self._value = {}, {}
+        for index, name in enumerate(self.NAMES):
+            left, centre = index + 0.03, index + 0.47
+            axes.add_patch(
+                FancyBboxPatch((left, 0.08), 0.86, 0.84, boxstyle="round,pad=0,rounding_size=0.05", fc="#f7f8fa", ec=LINE)
+            )
+            axes.text(centre, 0.78, f"{index + 1}  {name}", ha="center", va="center", fontsize=9, color=INK)
+            self._formula[name] = axes.text(centre, 0.54, "", ha="center", va="center", fontsize=7.5, color=FAINT)
+            self._value[name] = axes.text(
+                centre, 0.25, "", ha="center", va="center", fontsize=12, color=INK, weight="bold"
+            )
+            if index:
+                axes.annotate(
+                    "", (left, 0.5), (left - 0.14, 0.5), arrowprops={"arrowstyle": "-|>", "color": FAINT, "lw": 1}
+                )
+
+    def update(self, steps: Mapping[str, tuple[str, str]]) -> None:
+        for name, (formula, value) in steps.items():
+            self._formula[name].set_text(formula.replace(" = ", "\n= "))
+            self._value[name].set_text(value)
+
+
+class _Cells:
+    """A B x T grid of numbers, with the token above each number."""
+
+    def __init__(self, axes, roles: Sequence[Sequence[str]], tokens, title: str) -> None:
+        rows, columns = len(roles), len(roles[0])
+        width, height = (inches * part for inches, part in zip(axes.figure.get_size_inches(), axes.get_position().size))
+        margin = 0.3 / (width - 0.3) * columns  # room for the row numbers
+        row_height = (height - _TITLE) / rows
+        axes.set(xlim=(-margin, columns), ylim=(rows, -_TITLE / row_height))
+        axes.axis("off")
+        axes.text(0.04, -0.14 / row_height, title, va="center", fontsize=9, color=INK)
+        size = 10 if columns <= 8 else 8 if columns <= 16 else 6.5
+        self._digits = 4 if columns <= 12 else 2
+        self._roles, self._patches, self._numbers = roles, [], []
+        for row in range(rows):
+            axes.text(-margin / 3, row + 0.5, str(row), ha="right", va="center", fontsize=9, color=FAINT)
+            for column in range(columns):
+                role = roles[row][column]
+                patch = Rectangle(
+                    (column + 0.04, row + 0.06), 0.92, 0.88, fc=ROLE_FILL[role], ec=LINE, hatch=ROLE_HATCH[role]
+                )
+                patch.set_hatch_linewidth(0.4)
+                axes.add_patch(patch)
+                self._patches.append(patch)
+                centre = column + 0.5
+                if tokens:
+                    axes.text(centre, row + 0.32, tokens[row][column], ha="center", va="center", fontsize=size + 1)
+                below = row + (0.7 if tokens else 0.5)
+                self._numbers.append(axes.text(centre, below, "", ha="center", va="center", fontsize=size))
+
+    def update(self, values: Matrix, mask: Matrix, colour=None) -> None:
+        flat_values = [value for row in values for value in row]
+        flat_mask = [bool(value) for row in mask for value in row]
+        flat_roles = [role for row in self._roles for role in row]
+        cells = zip(flat_values, flat_mask, flat_roles, self._patches, self._numbers, strict=True)
+        for value, selected, role, patch, number in cells:
+            number.set_text(f"{value:.{self._digits}f}" if value else "0")
+            number.set_color(INK if selected else FAINT)
+            patch.set_edgecolor(INK if selected else LINE)
+            patch.set_linewidth(1.6 if selected else 0.8)
+            patch.set_zorder(2 if selected else 1)
+            patch.set_facecolor(colour(value) if colour else ROLE_FILL[role])
+            if colour:
+                patch.set_hatch("")
