@@ -5,9 +5,10 @@ With D the denominator and m the mask,
 
     loss                 = -(1/D) sum_bt m_bt log p_bt
     d loss / d log p_bt  = -m_bt / D
-    d loss / d z_btv     = m_bt (softmax(z_bt)_v - [v = label_bt]) / D      because log p_bt = z_bt,label - logsumexp(z_bt)
+    d loss / d z_btv     = m_bt (softmax(z_bt)_v - [v = label_bt]) / D
 
-Source of the last line: the derivative of logsumexp is softmax; Goodfellow, Bengio and Courville, Deep Learning, 6.2.2.3.
+The last line holds because log p_bt = z_bt,label - logsumexp(z_bt), and the derivative of logsumexp is softmax.
+Source: Goodfellow, Bengio and Courville, Deep Learning, section 6.2.2.3.
 """
 
 from __future__ import annotations

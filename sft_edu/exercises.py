@@ -152,7 +152,7 @@ def _loss_problem(loss, expected: torch.Tensor) -> str:
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         return f"The gradient is right. Return the loss as a 0-dim tensor; got {type(loss).__name__}."
     if not _close(loss, expected):
-        return f"The gradient is right, but the loss is {loss:.4f}; the value that was differentiated is {expected:.4f}."
+        return f"The gradient is right, but the loss is {loss:.4f}; what was differentiated is {expected:.4f}."
     if loss.requires_grad:
         return "Numbers are right. Return loss.detach(): the returned loss still holds its graph."
     return ""

@@ -73,9 +73,7 @@ class _Block(nn.Module):
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.attention_output = nn.Linear(d_model, d_model)
         self.feed_forward_norm = nn.LayerNorm(d_model)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model)
-        )
+        self.feed_forward = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self._attend(self.attention_norm(hidden))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -17,7 +18,8 @@ INK, FAINT, LINE = "#1b1f24", "#5d646d", "#c9ced6"
 ROLE_FILL = {"response": "#cfe2f3", "prompt": "#eceef1", "padding": "#ffffff"}
 ROLE_HATCH = {"response": "", "prompt": "", "padding": "....."}
 
-_WIDTH, _CHAIN, _TITLE, _ROW, _ROW_WITH_TOKEN = 10.4, 1.15, 0.3, 0.36, 0.5  # inches
+_WIDTH, _CHAIN, _TITLE, _ROW, _ROW_WITH_TOKEN = 8.8, 1.15, 0.3, 0.36, 0.5  # inches
+_ROUND = "round,pad=0,rounding_size=0.05"
 _GRADIENT_NORM = SymLogNorm(linthresh=1e-4, vmin=-1, vmax=1, clip=True)
 
 Matrix = Sequence[Sequence[float]]
@@ -38,11 +40,9 @@ class StepPicture:
         height = _CHAIN + grid + 0.15 + (0 if side_by_side else grid + 0.1)
         self.figure = Figure(figsize=(_WIDTH, height), facecolor="white")
 
-        def place(left: float, top: float, width: float, height_: float):
+        def place(left: float, top: float, across: float, down: float) -> Axes:
             """Axes at a place counted in inches from the upper left corner."""
-            return self.figure.add_axes(
-                (left / _WIDTH, 1 - (top + height_) / height, width / _WIDTH, height_ / height)
-            )
+            return self.figure.add_axes((left / _WIDTH, 1 - (top + down) / height, across / _WIDTH, down / height))
 
         legend = "blue response, grey prompt, dotted padding; " if tokens else ""
         width = (_WIDTH - 0.3) / 2 if side_by_side else _WIDTH
@@ -81,19 +81,19 @@ class _Chain:
 
     NAMES = ("num_tokens", "masked_sum", "loss", "scaled_loss", "backward", "returned_loss")
 
-    def __init__(self, axes) -> None:
+    def __init__(self, axes: Axes) -> None:
         axes.set(xlim=(0, 6), ylim=(0, 1))
         axes.axis("off")
         self._formula, self._value = {}, {}
         for index, name in enumerate(self.NAMES):
             left, centre = index + 0.03, index + 0.47
             axes.add_patch(
-                FancyBboxPatch((left, 0.08), 0.86, 0.84, boxstyle="round,pad=0,rounding_size=0.05", fc="#f7f8fa", ec=LINE)
+                FancyBboxPatch((left, 0.08), 0.86, 0.84, boxstyle=_ROUND, facecolor="#f7f8fa", edgecolor=LINE)
             )
             axes.text(centre, 0.78, f"{index + 1}  {name}", ha="center", va="center", fontsize=9, color=INK)
             self._formula[name] = axes.text(centre, 0.54, "", ha="center", va="center", fontsize=7.5, color=FAINT)
             self._value[name] = axes.text(
-                centre, 0.25, "", ha="center", va="center", fontsize=12, color=INK, weight="bold"
+                centre, 0.25, "", ha="center", va="center", fontsize=10.5, color=INK, weight="bold"
             )
             if index:
                 axes.annotate(
@@ -109,9 +109,9 @@ class _Chain:
 class _Cells:
     """A B x T grid of numbers, with the token above each number."""
 
-    def __init__(self, axes, roles: Sequence[Sequence[str]], tokens, title: str) -> None:
+    def __init__(self, axes: Axes, roles: Sequence[Sequence[str]], tokens, title: str) -> None:
         rows, columns = len(roles), len(roles[0])
-        width, height = (inches * part for inches, part in zip(axes.figure.get_size_inches(), axes.get_position().size))
+        width, height = axes.figure.get_size_inches() * axes.get_position().size
         margin = 0.3 / (width - 0.3) * columns  # room for the row numbers
         row_height = (height - _TITLE) / rows
         axes.set(xlim=(-margin, columns), ylim=(rows, -_TITLE / row_height))

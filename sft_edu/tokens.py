@@ -110,11 +110,12 @@ def _padding(tokenizer: Tokenizer) -> int:
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
-def visible_token(token_id: int, tokenizer: Tokenizer) -> str:
+def visible_token(token_id: int | torch.Tensor, tokenizer: Tokenizer) -> str:
     """The text of one token with nothing invisible in it: `␣` for a space, `⏎` for a newline, `<eos>`, `<pad>`.
 
     A byte that is only a part of a character is shown as its number, `x` and two hexadecimal digits.
     """
+    token_id = int(token_id)
     specials = {tokenizer.eos_token_id: "<eos>", tokenizer.pad_token_id: "<pad>"}
     if token_id in specials:
         return specials[token_id]

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sft_edu.scaling import Counts, Rule
-
 STAGES = ("policy_log_probs", "response_mask", "num_tokens", "masked_sum", "loss", "scaled_loss", "returned_loss")
 """The tensors a step taps: its two inputs, then steps 1 to 4 and 6 of the course notes. Step 5 is the backward pass,
 whose result is `Trace.grad("policy_log_probs")`. One more tap, "scaling", names the rule and its counts."""
@@ -103,8 +101,10 @@ class Trace:
         rows = [[*row[:4], _short(row.value), _short(row.gradient)] for row in self.rows()]
         if not rows:
             return f"<p>{html.escape(repr(self))}</p>"
-        head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in _HEADER)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        head = "".join(f'<th scope="col" {_CELL_STYLE}>{html.escape(cell)}</th>' for cell in _HEADER)
+        body = "".join(
+            "<tr>" + "".join(f"<td {_CELL_STYLE}>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        )
         matrices = "".join(
             f"<p>{html.escape(title)}</p><pre>{html.escape(_matrix(value))}</pre>" for title, value in self._matrices()
         )
@@ -132,6 +132,7 @@ class Trace:
 
 
 _HEADER = ("step", "name", "symbol", "formula", "value", "gradient")
+_CELL_STYLE = 'style="text-align: left; white-space: nowrap"'
 _TABLE = (
     ("in", "policy_log_probs", "log p"),
     ("in", "response_mask", "m"),
@@ -154,8 +155,8 @@ def _formulas(trace: Trace) -> dict[str, str]:
     total = _number(trace["masked_sum"] * counts["c"])
     first = ("-S", f"-({masked_sum})") if rule.uses_constant else ("-c·S", f"-({constant} · {masked_sum})")
     return {
-        "policy_log_probs": "log p(label | all tokens before it)",
-        "response_mask": "1 = response token, 0 = prompt or padding",
+        "policy_log_probs": "log p(label | tokens before it)",
+        "response_mask": "1 response, 0 prompt or padding",
         "num_tokens": f"Σ m = {tokens}",
         "masked_sum": f"Σ m·log p / c = {total} / {constant}",
         "loss": f"{first[0]} / {rule.first} = {first[1]} / {_number(counts[rule.first])}",
@@ -168,7 +169,7 @@ def _formulas(trace: Trace) -> dict[str, str]:
 def _number(value: float | torch.Tensor) -> str:
     """Four digits after the point; integers without; very large and very small numbers as powers of ten."""
     value = value.item() if isinstance(value, torch.Tensor) else value
-    if isinstance(value, bool) or abs(value) < 1e6 and value == int(value):
+    if isinstance(value, bool) or (abs(value) < 1e6 and value == int(value)):
         return str(int(value))
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
 

@@ -4,5 +4,6 @@ from sft_edu.widgets.figure import FigureView
 from sft_edu.widgets.mask_lab import MaskLab
 from sft_edu.widgets.prediction import Prediction
 from sft_edu.widgets.step_lab import StepLab
+from sft_edu.widgets.step_view import show_step
 
-__all__ = ["FigureView", "MaskLab", "Prediction", "StepLab"]
+__all__ = ["FigureView", "MaskLab", "Prediction", "StepLab", "show_step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import threading
 from collections.abc import Sequence
 from html import escape
@@ -14,6 +15,7 @@ from sft_edu.plots import StepPicture
 from sft_edu.step import sft_microbatch_train_step
 from sft_edu.trace import Trace
 from sft_edu.widgets.figure import FigureView, with_text_and_picture
+from sft_edu.widgets.step_view import describe, draw
 
 Mask = tuple[tuple[int, ...], ...]
 
@@ -25,44 +27,59 @@ class Lab(ipywidgets.VBox):
     """
 
     gradient_accumulation_steps = traitlets.Int(1, min=1, max=32)
-    normalize_constant = traitlets.Float(1.0, min=0.1, max=100.0)
+    normalize_constant = traitlets.Float(1.0)
     rule = traitlets.Unicode("notes")
     mask = traitlets.Any()
 
     def __init__(
         self,
         policy_log_probs: torch.Tensor,
-        mask: Mask,
+        mask: torch.Tensor,
         roles: Sequence[Sequence[str]],
         tokens: Sequence[Sequence[str]] | None = None,
+        **settings: object,
     ) -> None:
-        # A callback may run on another thread while a cell is busy; one step at a time.
+        # A callback may run on another thread while a cell is busy: whoever holds the lock changes the lab.
         self._lock = threading.RLock()
-        self._ready = False
+        self._writing = True  # the lab is setting its own traits or controls, nobody's hand is
         self._log_probs = policy_log_probs.detach().clone()
-        self._first_mask = mask
+        self._start = {"mask": as_tuples(mask), **settings}
         self._picture = StepPicture(roles, tokens)
         self._view = FigureView()
         self._words = ipywidgets.HTML()
-        self._toggles = _toggles(mask, tokens)
-        super().__init__(mask=mask)
+        self._controls: dict[str, ipywidgets.Widget] = {}
+        self._toggles = _toggles(self._start["mask"], tokens)
+        super().__init__()
         for toggle in self._flat_toggles():
             toggle.observe(self._read_toggles, "value")
-        reset = ipywidgets.Button(description="reset", tooltip="back to where this lab started")
+        reset = ipywidgets.Button(description="reset", tooltip="back to the start", layout={"width": "80px"})
         reset.on_click(lambda _: self.reset())
-        controls = ipywidgets.HBox([*self._controls(), reset], layout={"flex_flow": "row wrap"})
+        self._add_controls()
+        controls = ipywidgets.HBox([*self._controls.values(), reset], layout={"flex_flow": "row wrap"})
         caption = ipywidgets.HTML("<small>response_mask: press a token to switch it between 1 (dark) and 0</small>")
         grid = ipywidgets.VBox([ipywidgets.HBox(row) for row in self._toggles])
         self.children = [controls, caption, grid, self._view, self._words]
-        self._ready = True
-        self._refresh()
+        self.reset()
 
     def reset(self) -> None:
         """Back to the state in which the lab was made."""
+        with self._lock:
+            self._writing = True  # one drawing at the end, not one for each trait
+            try:
+                for name, value in self._start.items():
+                    setattr(self, name, value)
+            finally:
+                self._writing = False
+            self._refresh()
+
+    def _add_controls(self) -> None:
+        """Make the controls, and `_control` each."""
         raise NotImplementedError
 
-    def _controls(self) -> list[ipywidgets.Widget]:
-        raise NotImplementedError
+    def _control(self, trait: str, control: ipywidgets.Widget) -> None:
+        """Let a control and a trait follow each other."""
+        self._controls[trait] = control
+        control.observe(lambda change: self._by_hand(trait, change["new"]), "value")
 
     def _settings(self) -> str:
         raise NotImplementedError
@@ -70,24 +87,26 @@ class Lab(ipywidgets.VBox):
     def _sentence(self) -> str:
         raise NotImplementedError
 
+    @traitlets.validate("normalize_constant")
+    def _check_constant(self, proposal) -> float:
+        if not 0.1 <= proposal["value"] <= 100:  # NaN passes the limits of a traitlet
+            raise traitlets.TraitError(f"normalize_constant: got {proposal['value']}; expected 0.1 to 100")
+        return proposal["value"]
+
     @traitlets.validate("mask")
     def _check_mask(self, proposal) -> Mask:
-        rows = proposal["value"]
-        rows = rows.tolist() if isinstance(rows, torch.Tensor) else rows
-        mask = tuple(tuple(int(value) for value in row) for row in rows)
-        expected = list(self._log_probs.shape)
-        if [len(row) for row in mask] != [expected[1]] * expected[0] or any(v not in (0, 1) for r in mask for v in r):
-            raise traitlets.TraitError(f"mask: got {rows!r}; expected {expected} values 0 or 1")
-        return mask
+        mask, expected = torch.as_tensor(proposal["value"]), self._log_probs.shape
+        if mask.shape != expected or not ((mask == 0) | (mask == 1)).all():
+            raise traitlets.TraitError(f"mask: got {proposal['value']!r}; expected {list(expected)} values 0 or 1")
+        return as_tuples(mask)
 
     @traitlets.observe("mask", "gradient_accumulation_steps", "normalize_constant", "rule")
     def _refresh(self, change=None) -> None:
-        if not self._ready:
-            return
         with self._lock:
-            self._write_toggles()
-            self._run()
-            self._draw()
+            if not self._writing:
+                self._write_controls()
+                self._run()
+                self._draw()
 
     def _run(self) -> None:
         """One real step on a fresh leaf. Grad mode is set here: it belongs to the thread."""
@@ -105,15 +124,10 @@ class Lab(ipywidgets.VBox):
             )
 
     def _draw(self) -> None:
-        gradient = self._trace.grad("policy_log_probs").tolist()
-        rows = {row.name: row for row in self._trace.rows()}
-        steps = {name: (row.formula, f"{row.value:.4f}") for name, row in rows.items() if name in _SCALARS}
-        steps["num_tokens"] = (rows["num_tokens"].formula, str(self.num_tokens))
-        steps["backward"] = (rows["backward"].formula, f"{self.token_gradient:.4f} or 0")
-        self._picture.update(steps, self._log_probs.tolist(), self.mask, gradient)
         sentence = self._sentence()
+        draw(self._picture, self._trace)
         self._words.value = f"<p>{escape(sentence)}</p>"
-        self._view.show(self._picture.figure, self._numbers() + " " + sentence)
+        self._view.show(self._picture.figure, f"{describe(self._trace)} {sentence}")
 
     @property
     def num_tokens(self) -> int:
@@ -130,21 +144,10 @@ class Lab(ipywidgets.VBox):
         """d scaled_loss / d policy_log_probs, `[B, T]`."""
         return self._trace.grad("policy_log_probs")
 
-    @property
-    def token_gradient(self) -> float:
-        """The gradient of each response token; 0 if there is none."""
-        return float(self.gradient.min())
-
-    def _numbers(self) -> str:
-        trace = self._trace
-        return (
-            f"num_tokens {self.num_tokens}, masked_sum {trace['masked_sum']:.4f}, loss {trace['loss']:.4f}, "
-            f"scaled_loss {trace['scaled_loss']:.4f}, gradient {self.token_gradient:.4f} where the mask is 1."
-        )
-
     def __repr__(self) -> str:
         mask = " ".join("".join(map(str, row)) for row in self.mask)
-        return f"{type(self).__name__}({self._settings()}, mask={mask!r})\n{self._numbers()}\n{self._sentence()}"
+        title = f"{type(self).__name__}({self._settings()}, mask={mask!r})"
+        return "\n".join([title, *textwrap.wrap(describe(self._trace), 100), *textwrap.wrap(self._sentence(), 100)])
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         return with_text_and_picture(super()._repr_mimebundle_(**kwargs), repr(self), self._view.png)
@@ -153,28 +156,46 @@ class Lab(ipywidgets.VBox):
         return [toggle for row in self._toggles for toggle in row]
 
     def _read_toggles(self, change) -> None:
-        if self._ready:
-            self.mask = tuple(tuple(int(toggle.value) for toggle in row) for row in self._toggles)
+        self._by_hand("mask", [[int(toggle.value) for toggle in row] for row in self._toggles])
 
-    def _write_toggles(self) -> None:
-        self._ready = False  # or each toggle would read the half-written others back
+    def _by_hand(self, trait: str, value: object) -> None:
+        with self._lock:
+            if not self._writing:
+                setattr(self, trait, value)
+
+    def _write_controls(self) -> None:
+        self._writing = True  # or each toggle would read the half-written others back
         try:
+            for trait, control in self._controls.items():
+                control.value = getattr(self, trait)
             for toggle, value in zip(self._flat_toggles(), (v for row in self.mask for v in row), strict=True):
                 toggle.value = bool(value)
         finally:
-            self._ready = True
+            self._writing = False
 
 
-_SCALARS = ("masked_sum", "loss", "scaled_loss", "returned_loss")
+def as_tuples(mask: torch.Tensor) -> Mask:
+    """A mask as a value: equal masks are equal, and nobody can change one from outside."""
+    return tuple(tuple(row) for row in mask.int().tolist())
+
+
+def labelled(symbol: str, meaning: str, width: str) -> dict:
+    """How a control of a lab is labelled: its symbol before it, its meaning on hover."""
+    return {
+        "description": symbol,
+        "tooltip": meaning,
+        "layout": {"width": width, "margin": "2px 16px 2px 2px"},
+        "style": {"description_width": "initial"},
+    }
 
 
 def _toggles(mask: Mask, tokens: Sequence[Sequence[str]] | None) -> list[list[ipywidgets.ToggleButton]]:
-    width = "64px" if len(mask[0]) <= 8 else "38px"
+    width = "64px" if len(mask[0]) <= 8 else "36px"
     return [
         [
             ipywidgets.ToggleButton(
                 value=bool(value),
-                description=tokens[row][column] if tokens else f"{row}, {column}",
+                description=tokens[row][column].strip("<>") or tokens[row][column] if tokens else f"{row}, {column}",
                 tooltip=f"sequence {row}, token {column}",
                 layout={"width": width, "padding": "0", "margin": "1px"},
                 style={"font_size": "11px"},

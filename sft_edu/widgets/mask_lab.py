@@ -12,7 +12,7 @@ from sft_edu.log_probs import get_response_log_probs
 from sft_edu.masks import PRESETS, token_roles
 from sft_edu.model import TinyLM
 from sft_edu.tokens import ByteTokenizer, Tokenizer, tokenize_prompt_and_output, visible_token
-from sft_edu.widgets.lab import Lab
+from sft_edu.widgets.lab import Lab, as_tuples, labelled
 
 _PROMPTS, _OUTPUTS = ("Capital of Peru? ", "2+2? "), ("Lima", "4")
 _OTHER = "painted by hand"
@@ -45,22 +45,19 @@ class MaskLab(Lab):
             log_probs = get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
         self._correct = batch["response_mask"]
         self._tokens = [[visible_token(token, tokenizer) for token in row] for row in batch["labels"].tolist()]
-        super().__init__(log_probs, _as_tuples(self._correct), token_roles(self._correct), self._tokens)
+        super().__init__(log_probs, self._correct, token_roles(self._correct), self._tokens, preset="correct")
 
-    def reset(self) -> None:
-        self.preset = "correct"
-
-    def _controls(self) -> list[ipywidgets.Widget]:
-        choice = ipywidgets.Dropdown(
-            options=[*PRESETS, _OTHER], description="mask", layout={"width": "300px"}
-        )
-        traitlets.link((self, "preset"), (choice, "value"))
-        return [choice]
+    def _add_controls(self) -> None:
+        choice = ipywidgets.Dropdown(options=[*PRESETS, _OTHER], **labelled("mask", "a mask by name", "230px"))
+        self._control("preset", choice)
 
     @traitlets.observe("preset")
     def _apply_preset(self, change) -> None:
+        before = self.mask
         if self.preset != _OTHER:
-            self.mask = _as_tuples(PRESETS[self.preset].make(self._correct))
+            self.mask = as_tuples(PRESETS[self.preset].make(self._correct))
+        if self.mask == before:
+            self._refresh()  # another name for the same mask
 
     @traitlets.validate("preset")
     def _check_preset(self, proposal) -> str:
@@ -74,14 +71,14 @@ class MaskLab(Lab):
 
     def _preset_name(self) -> str:
         """Two presets can be the same mask: the chosen one goes first."""
-        names = [name for name, preset in PRESETS.items() if _as_tuples(preset.make(self._correct)) == self.mask]
+        names = [name for name, preset in PRESETS.items() if as_tuples(preset.make(self._correct)) == self.mask]
         return self.preset if self.preset in names else (names or [_OTHER])[0]
 
     def _settings(self) -> str:
         return f"preset={self._preset_name()!r}"
 
     def _sentence(self) -> str:
-        correct = _as_tuples(self._correct)
+        correct = as_tuples(self._correct)
         wrong = self._count(lambda row, column: self.mask[row][column] > correct[row][column])
         missing = self._count(lambda row, column: self.mask[row][column] < correct[row][column])
         name = self._preset_name()
@@ -99,7 +96,3 @@ class MaskLab(Lab):
             if condition(row, column)
         ]
         return " ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
-
-
-def _as_tuples(mask: torch.Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(row) for row in mask.int().tolist())

@@ -6,8 +6,10 @@ import ipywidgets
 import torch
 import traitlets
 
+from sft_edu.masks import token_roles
 from sft_edu.scaling import RULES
-from sft_edu.widgets.lab import Lab
+from sft_edu.widgets.lab import Lab, labelled
+from sft_edu.widgets.step_view import token_gradient
 
 _LOG_PROBS = ((-0.5, -0.3, -0.8, -0.2), (-0.4, -0.6, -0.3, -0.5))
 _MASK = ((1, 1, 0, 1), (1, 1, 1, 1))
@@ -40,21 +42,15 @@ class StepLab(Lab):
     ) -> None:
         log_probs = torch.tensor(_LOG_PROBS) if policy_log_probs is None else policy_log_probs
         mask = torch.tensor(_MASK) if response_mask is None else response_mask
-        mask = tuple(tuple(int(value) for value in row) for row in mask.tolist())
-        self._start = {
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "normalize_constant": normalize_constant,
-            "rule": rule,
-        }
-        roles = [["response" if value else "prompt" for value in row] for row in mask]
-        super().__init__(log_probs, mask, roles, tokens)
-        self.reset()
-
-    def reset(self) -> None:
-        with self.hold_trait_notifications():
-            self.set_trait("mask", self._first_mask)
-            for name, value in self._start.items():
-                self.set_trait(name, value)
+        super().__init__(
+            log_probs,
+            mask,
+            token_roles(mask != 0),
+            tokens,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            normalize_constant=normalize_constant,
+            rule=rule,
+        )
 
     @traitlets.validate("rule")
     def _check_rule(self, proposal) -> str:
@@ -62,21 +58,18 @@ class StepLab(Lab):
             raise traitlets.TraitError(f"rule: got {proposal['value']!r}; expected one of {', '.join(RULES)}")
         return proposal["value"]
 
-    def _controls(self) -> list[ipywidgets.Widget]:
-        steps = ipywidgets.IntSlider(
-            min=1, max=32, description="G", tooltip="gradient_accumulation_steps", continuous_update=True
+    def _add_controls(self) -> None:
+        self._control(
+            "gradient_accumulation_steps",
+            ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "300px")),
         )
-        constant = ipywidgets.BoundedFloatText(
-            min=0.1, max=100, step=0.5, description="c", tooltip="normalize_constant", layout={"width": "170px"}
+        self._control(
+            "normalize_constant",
+            ipywidgets.BoundedFloatText(
+                min=0.1, max=100, step=0.5, **labelled("c", "normalize_constant", "100px")
+            ),
         )
-        rule = ipywidgets.Dropdown(options=list(RULES), description="rule", layout={"width": "280px"})
-        for control, name in (
-            (steps, "gradient_accumulation_steps"),
-            (constant, "normalize_constant"),
-            (rule, "rule"),
-        ):
-            traitlets.link((self, name), (control, "value"))
-        return [steps, constant, rule]
+        self._control("rule", ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "220px")))
 
     def _settings(self) -> str:
         return f"G={self.gradient_accumulation_steps}, c={self.normalize_constant:g}, rule={self.rule!r}"
@@ -86,7 +79,7 @@ class StepLab(Lab):
         if not self.num_tokens:
             return "The mask is 0 everywhere: loss and gradient are exactly 0."
         return (
-            f"Each of the {self.num_tokens} response tokens gets the gradient {self.token_gradient:.4f} = "
+            f"Each of the {self.num_tokens} response tokens gets the gradient {token_gradient(self._trace):.4f} = "
             f"-1 / ({rule.formula}), where {rule.formula} = {float(rule.denominator(counts)):g}. "
             "Every other token gets exactly 0."
         )

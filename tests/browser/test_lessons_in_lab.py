@@ -1,0 +1,56 @@
+"""Every lesson, run from top to bottom in a real JupyterLab."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from run_notebooks import METADATA
+
+from .lab_page import ROOT, LabPage, Server
+
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_lab_answers(server: Server):
+    assert server.get("/lab") == 200
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_lesson_runs_in_lab(lab: LabPage, lesson: Path):
+    lab.open(lesson.name)
+    lab.run_all()
+    shots = os.environ.get("SFT_EDU_SHOTS")
+    if shots:
+        lab.screenshots(Path(shots), lesson.stem)
+    assert lab.errors() == []
+    assert lab.console_errors == []
+    lab.close()
+
+
+BROKEN = {
+    "Error: boom": """
+import anywidget
+class Broken(anywidget.AnyWidget):
+    _esm = "export default { render() { throw new Error('boom') } }"
+Broken()""",
+    "Javascript Error": """
+from IPython.display import Javascript
+Javascript("throw new Error('boom')")""",
+    "Loading widget...": """
+from IPython.display import display
+view = {"model_id": "gone", "version_major": 2, "version_minor": 0}
+display({"application/vnd.jupyter.widget-view+json": view}, raw=True)""",
+    "ZeroDivisionError: division by zero": "1 / 0",
+}
+
+
+def test_broken_outputs_are_seen(lab: LabPage):
+    cells = [new_code_cell(source.strip()) for source in BROKEN.values()]
+    nbformat.write(new_notebook(cells=cells, metadata=METADATA), lab.server.folder / "broken.ipynb")
+    lab.open("broken.ipynb")
+    lab.run_all()
+    seen = "\n".join(lab.errors() + lab.console_errors)
+    assert [sign for sign in BROKEN if sign not in seen] == []
+    lab.close()

@@ -1,0 +1,84 @@
+"""Pictures are tested by their data: texts, colours, frames."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+
+import sft_edu.plots
+from sft_edu.plots import INK, StepPicture, gradient_colour
+
+ROLES = [["prompt", "response"], ["response", "padding"]]
+STEPS = {"num_tokens": ("Σ m = 1 + 1", "2"), "loss": ("-S / G = -(-3) / 2", "1.5000")}
+
+
+def texts(picture):
+    return [text.get_text() for axes in picture.figure.axes for text in axes.texts]
+
+
+def test_the_picture_shows_the_numbers_it_is_given():
+    picture = StepPicture(ROLES)
+    picture.update(STEPS, [[-0.5, -1.0], [-2.0, -4.0]], [[0, 1], [1, 0]], [[0.0, -0.25], [-0.25, 0.0]])
+    shown = texts(picture)
+    assert {"-0.5000", "-1.0000", "-2.0000", "-4.0000", "1.5000", "2"} <= set(shown)
+    assert shown.count("-0.2500") == 2
+    assert shown.count("0") == 2 + 2  # two masked gradients; and row 0 is numbered in both grids
+
+
+def test_frames_follow_the_mask_and_colours_follow_the_gradient():
+    picture = StepPicture(ROLES)
+    picture.update(STEPS, [[-1, -1], [-1, -1]], [[0, 1], [1, 0]], [[0.0, -0.25], [0.25, 0.0]])
+    gradient_axes = picture.figure.axes[2]
+    cells = gradient_axes.patches
+    assert [cell.get_edgecolor() == to_rgba(INK) for cell in cells] == [False, True, True, False]
+    assert [cell.get_facecolor() for cell in cells] == [gradient_colour(g) for g in (0.0, -0.25, 0.25, 0.0)]
+
+
+def test_an_update_changes_the_picture_in_place():
+    picture = StepPicture(ROLES, [["a", "b"], ["c", "d"]])
+    arguments = ([[-1, -1], [-1, -1]], [[1, 1], [1, 1]], [[-1.0, -1.0], [-1.0, -1.0]])
+    picture.update(STEPS, *arguments)
+    artists = [len(axes.get_children()) for axes in picture.figure.axes]
+    picture.update(STEPS, *arguments)
+    picture.update({"loss": ("x", "7.0000")}, *arguments)
+    assert [len(axes.get_children()) for axes in picture.figure.axes] == artists
+    assert "7.0000" in texts(picture)
+    assert "1.5000" not in texts(picture)
+
+
+def test_no_text_leaves_its_box_or_the_picture():
+    columns = 21
+    picture = StepPicture([["prompt"] * columns] * 2, [["<pad>"] * columns] * 2)
+    steps = {name: ("-c·S / N = -(99.5000 · -1234.5678) / 999", "-1234.5678") for name in ("masked_sum", "loss")}
+    picture.update(steps, [[-12.34] * columns] * 2, [[1] * columns] * 2, [[-0.0001] * columns] * 2)
+    renderer = FigureCanvasAgg(picture.figure).get_renderer()
+    page = picture.figure.bbox
+    for axes in picture.figure.axes:
+        for text in axes.texts:
+            box = text.get_window_extent(renderer)
+            assert page.x0 <= box.x0 <= box.x1 <= page.x1, text.get_text()
+    cell = picture.figure.axes[1].patches[0].get_window_extent(renderer)
+    assert all(
+        text.get_window_extent(renderer).width <= cell.width
+        for text in picture.figure.axes[1].texts
+        if text.get_text() in ("<pad>", "-12.34")
+    )
+
+
+@pytest.mark.parametrize("gradient", [1e-9, 1e-4, 0.25, 1.0, 1e3])
+def test_the_gradient_map_is_symmetric_and_only_zero_is_white(gradient):
+    assert gradient_colour(0.0) == (1, 1, 1, 1)
+    below, above = gradient_colour(-gradient), gradient_colour(gradient)
+    assert below != (1, 1, 1, 1)
+    if gradient >= 1e-4:
+        assert below[0] > below[2]  # orange
+        assert above[2] > above[0]  # purple
+
+
+def test_plots_know_neither_torch_nor_pyplot():
+    tree = ast.parse(Path(sft_edu.plots.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not any("torch" in name or "pyplot" in name for name in imported)
