@@ -107,6 +107,16 @@ def test_a_removed_python_is_noticed(checkout: Checkout):
     assert checkout.calls("-m venv")
 
 
+def test_an_environment_of_somebody_else_is_kept(checkout: Checkout):
+    theirs = checkout.folder / ".venv" / "bin" / "precious"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    done = checkout.make("lab")
+    assert done.returncode != 0
+    assert ".venv exists, has no pip, and was not made here." in done.stderr
+    assert theirs.exists()
+
+
 def test_a_killed_installation_starts_over(checkout: Checkout):
     checkout.python(during_pip="kill -9 $PPID")
     assert checkout.make("lab").returncode != 0

@@ -31,6 +31,9 @@ check_python() {
 mark=$venv/.unfinished
 if [ -e "$mark" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   check_python
+  if [ -e "$venv" ] && [ ! -e "$mark" ] && [ ! -e "$venv/lab.stamp" ]; then
+    stop "$venv exists, has no pip, and was not made here." "Move it away, or install pip into it, and run this again."
+  fi
   echo "Making the virtual environment $venv with $python"
   rm -rf "$venv"
   mkdir "$venv"

@@ -1,6 +1,7 @@
 """What every lesson owes its reader and its tests. That the outputs are right, nbval checks; that there are
 outputs to check, short cells and links that lead somewhere is checked here."""
 
+import ast
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +15,11 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
 SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
 
-MIN_COMPARED = 3  # outputs that nbval compares, in each lesson
+MIN_COMPARED = 6  # outputs that nbval compares, in each lesson
+MIN_COMPARED_IN_SOLUTION = 2  # a right answer and a wrong one
 MAX_IGNORED = 2  # cells whose output it may ignore
-MAX_LINES = 6  # of code in a cell
+MAX_STATEMENTS = 6  # in a cell; a question with its options is one
+MAX_LINES = 12  # in a cell
 
 DEFINITION = re.compile(r"^\s*(async\s+)?(def|class)\s", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"")
@@ -69,7 +72,8 @@ def test_no_error_is_stored(path: Path):
 
 @every_notebook
 def test_there_is_something_to_compare(path: Path):
-    assert sum(len(texts(cell)) for cell in code_cells(path)) >= MIN_COMPARED
+    least = MIN_COMPARED_IN_SOLUTION if path in SOLUTIONS else MIN_COMPARED
+    assert sum(len(texts(cell)) for cell in code_cells(path)) >= least
 
 
 @every_notebook
@@ -92,8 +96,9 @@ def test_is_stored_clean(path: Path):
 def test_cells_are_short_and_define_nothing(path: Path):
     for cell in code_cells(path):
         if "exercise" not in tags(cell):
-            lines = [line for line in cell.source.splitlines() if line.strip()]
-            assert 1 <= len(lines) <= MAX_LINES, cell.source
+            statements = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.stmt)]
+            assert 1 <= len(statements) <= MAX_STATEMENTS, cell.source
+            assert len(cell.source.splitlines()) <= MAX_LINES, cell.source
             assert not DEFINITION.search(cell.source), cell.source
 
 
