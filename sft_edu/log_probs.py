@@ -60,8 +60,8 @@ def get_response_log_probs(
             raise TypeError(f"{name}: got {getattr(ids, 'dtype', type(ids).__name__)}; expected an int64 tensor [B, T]")
     if input_ids.ndim != 2 or labels.shape != input_ids.shape or not labels.numel():
         raise ValueError(
-            f"input_ids and labels: got shapes {list(input_ids.shape)} and {list(labels.shape)}; expected [B, T] twice, "
-            "with at least one token"
+            f"input_ids and labels: got shapes {list(input_ids.shape)} and {list(labels.shape)}; expected [B, T] "
+            "twice, with at least one token"
         )
     output = model(input_ids)
     logits = _check_logits(getattr(output, "logits", output))

@@ -116,7 +116,8 @@ def visible_token(token_id: int | torch.Tensor, tokenizer: Tokenizer) -> str:
     A byte that is only a part of a character is shown as its number, `x` and two hexadecimal digits.
     """
     token_id = int(token_id)
-    specials = {tokenizer.eos_token_id: "<eos>", tokenizer.pad_token_id: "<pad>"}
+    # Where one token serves as both, it is what a response ends with.
+    specials = {tokenizer.pad_token_id: "<pad>", tokenizer.eos_token_id: "<eos>"}
     if token_id in specials:
         return specials[token_id]
     text = tokenizer.decode([token_id])
