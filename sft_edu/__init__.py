@@ -3,8 +3,10 @@
 Importing this imports torch and nothing else: no widgets, no plots. Those are in `sft_edu.widgets` and `sft_edu.plots`.
 """
 
+from sft_edu.accumulate import accumulate, compare, full_batch_gradient, split_minibatch
 from sft_edu.checks import PositiveLogProbWarning, raise_for_bad_values
 from sft_edu.log_probs import compute_entropy, get_response_log_probs
+from sft_edu.memory import saved_bytes
 from sft_edu.model import TinyLM, default_device
 from sft_edu.scaling import RULES, Rule
 from sft_edu.step import masked_normalize, sft_microbatch_train_step
@@ -19,13 +21,18 @@ __all__ = [
     "TinyLM",
     "Tokenizer",
     "Trace",
+    "accumulate",
+    "compare",
     "compute_entropy",
     "default_device",
+    "full_batch_gradient",
     "get_response_log_probs",
     "masked_normalize",
     "no_tap",
     "raise_for_bad_values",
+    "saved_bytes",
     "sft_microbatch_train_step",
+    "split_minibatch",
     "tokenize_prompt_and_output",
     "visible_token",
 ]

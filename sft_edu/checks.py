@@ -2,7 +2,7 @@
 
 Shapes, dtypes, devices and Python numbers are always checked: that needs no look at a tensor's values. Values are
 looked at on the CPU at once. On an accelerator a look would wait for the queue once per microbatch, so the findings
-stay there as `metadata["value_flags"]`, a bad microbatch contributes a gradient of exactly 0, and
+stay there as `metadata["value_flags"]`, the log-probs of a bad microbatch get a gradient of exactly 0, and
 `raise_for_bad_values` reads the flags when the caller wants, normally once per optimizer step.
 """
 

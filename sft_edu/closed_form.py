@@ -23,7 +23,7 @@ def denominator(
     normalize_constant: float = 1.0,
     minibatch_tokens: int | None = None,
 ) -> float:
-    """D of a rule for one microbatch, a Python float.
+    """D of a rule for one microbatch, a Python number.
 
     Args:
         rule: `notes`, `microbatch_mean`, `sequence_mean`, `microbatch_token_mean` or `token_mean`.

@@ -82,9 +82,11 @@ def check_response_mask(make_mask: Callable[[int, int, int], list[int]]) -> Verd
         if isinstance(row, Verdict):
             return row
         try:
-            row = [int(value) for value in row]
+            row = [float(value) for value in row]
         except (TypeError, ValueError):
             return Verdict(False, f"Got {type(row).__name__}; expected a list of zeros and ones.")
+        if not set(row) <= {0, 1}:
+            return Verdict(False, f"Got {min(set(row) - {0, 1}):g} among the values; expected zeros and ones.")
         if len(row) != longest - 1:
             given = f"make_mask({prompt_length}, {output_length}, {longest}) gave {len(row)} values"
             hint = " There is no label for the first token, so labels are one fewer than tokens."
@@ -109,17 +111,17 @@ def check_microbatch_step(step: Callable[..., torch.Tensor]) -> Verdict:
         step: called as `step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant)`;
             runs backward and returns the detached loss, by the rule of the course notes.
     """
-    # B, T and G differ, and no product of them coincides with another: a wrong divisor cannot hide.
-    steps, constant = 5, 1.75
+    # B, T, G, n and c: no two of the denominators below coincide, so a wrong one cannot hide behind a right one.
+    steps, constant = 5, 1.73
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]])
     generator = torch.Generator().manual_seed(0)
-    log_probs = (-torch.rand((3, 7), generator=generator, dtype=torch.float64)).requires_grad_()
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0, 0]])
-    loss = _call(step, log_probs, mask, steps, constant)
-    if isinstance(loss, Verdict):
-        return loss
+    log_probs = (-torch.rand(mask.shape, generator=generator, dtype=torch.float64)).requires_grad_()
     denominator = closed_form.denominator("notes", mask, steps, constant)
     expected_loss = closed_form.loss(log_probs, mask, denominator)
     expected = closed_form.grad_log_probs(mask, denominator, torch.float64)
+    loss = _call(step, log_probs, mask.clone(), steps, constant)
+    if isinstance(loss, Verdict):
+        return loss
     problem = _gradient_problem(log_probs.grad, expected, mask, steps, constant) or _loss_problem(loss, expected_loss)
     if problem:
         return Verdict(False, problem)
@@ -134,23 +136,54 @@ def _gradient_problem(gradient, expected: torch.Tensor, mask: torch.Tensor, step
         return ""
     if gradient[mask == 0].abs().max() > 0:
         return "Tokens with mask 0 have a gradient. Use the mask before you sum."
-    factors = {
-        "The gradient has the wrong sign: this step makes the response less likely. Negate the masked sum.": -1,
-        "The gradient is G times too large. The course notes divide by G twice.": steps,
-        "The gradient is G times G too large: it is not divided by G.": steps**2,
-        "The normalize_constant is missing: divide the masked sum by it.": constant,
-        "The gradient is divided by the number of tokens; the course notes take the sum.": 1 / int(mask.sum()),
-        "The gradient is divided by the batch size; the course notes do not.": 1 / len(mask),
-        "The gradient is divided by G once too often.": 1 / steps,
-        "The gradient doubled: call .backward() once.": 2,
+    selected = gradient[mask == 1]
+    if not _close(selected, selected[0].expand_as(selected)):
+        return "The gradient differs from token to token. Every token under the mask has the same weight in the sum."
+    measured = (-1 / selected[0]).item()
+    for division, by_counts in _denominators(mask, steps).items():
+        for constants, by_constant in _CONSTANTS.items():
+            for sign, factor in {"": 1, "Negate the masked sum: this step makes the response less likely.": -1}.items():
+                if _close(measured, factor * by_counts * constant**by_constant):
+                    return " ".join(filter(None, (sign, division, constants)))
+    return "The gradient should be -1 / (c·G·G) where the mask is 1, and 0 elsewhere."
+
+
+_CONSTANTS = {
+    "": 1,
+    "The normalize_constant is missing: divide the masked sum by it.": 0,
+    "The normalize_constant divides twice.": 2,
+    "The normalize_constant multiplies; it should divide.": -1,
+}
+
+
+def _denominators(mask: torch.Tensor, steps: int) -> dict[str, float]:
+    """What people divide by besides c, with the hint for it. The right one needs no hint."""
+    sequences, tokens = len(mask), int(mask.sum())
+    return {
+        "": steps**2,
+        "It is divided by G once. The course notes divide by G twice.": steps,
+        "It is not divided by G. The course notes divide by G twice.": 1,
+        "It is divided by G once too often.": steps**3,
+        "It is divided by G as often as there are microbatches: once per step in a loop. Twice is enough.": steps
+        ** steps,
+        "It is divided by G + 2. The second division is by G too.": steps + 2,
+        "It is divided by 2·G. The second division is by G too.": 2 * steps,
+        "The gradient doubled: call .backward() once.": steps**2 / 2,
+        "It is divided by B and by G: that is the rule sequence_mean, not the one of the notes.": sequences * steps,
+        "It is divided by the batch size too; the course notes do not.": sequences * steps**2,
+        "It is divided by the token count and by G: that is the rule microbatch_token_mean.": tokens * steps,
+        "It is divided by the token count too; the course notes take the sum.": tokens * steps**2,
+        "It is divided by the token count alone; the course notes take the sum, and divide by G twice.": tokens,
+        "It is a mean over all positions; the course notes take the sum.": mask.numel() * steps**2,
+        "It is a mean over all positions, divided by G once; the course notes take the sum.": mask.numel() * steps,
     }
-    hints = [hint for hint, factor in factors.items() if _close(gradient, expected * factor)]
-    return (hints or ["The gradient should be -1 / (c·G·G) where the mask is 1 and 0 elsewhere."])[0]
 
 
 def _loss_problem(loss, expected: torch.Tensor) -> str:
-    if not isinstance(loss, torch.Tensor) or loss.ndim:
+    if not isinstance(loss, torch.Tensor):
         return f"The gradient is right. Return the loss as a 0-dim tensor; got {type(loss).__name__}."
+    if loss.ndim:
+        return f"The gradient is right. Return the loss as a 0-dim tensor; got shape {list(loss.shape)}."
     if not _close(loss, expected):
         return f"The gradient is right, but the loss is {loss:.4f}; what was differentiated is {expected:.4f}."
     if loss.requires_grad:
@@ -167,6 +200,6 @@ def _call(function: Callable, *arguments) -> object:
     return _NOT_STARTED if result is ... else result
 
 
-def _close(one, other, tolerance: float = 1e-9) -> bool:
+def _close(one, other, tolerance: float = 1e-5) -> bool:
     one, other = (torch.as_tensor(value, dtype=torch.float64) for value in (one, other))
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+    return torch.allclose(one, other, rtol=tolerance, atol=1e-9)

@@ -62,7 +62,7 @@ _ALL = (
     Preset(
         "padding included",
         lambda mask: mask | _padding(mask),
-        "Padding is trained as if it were an answer.",
+        "Padding is trained as if it were an answer, where there is any.",
     ),
     Preset("all masked", torch.zeros_like, "Nothing is trained: loss and gradient are exactly 0."),
 )

@@ -14,11 +14,14 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from sft_edu.digits import fixed
+
 INK, FAINT, LINE = "#1b1f24", "#5d646d", "#c9ced6"
 ROLE_FILL = {"response": "#cfe2f3", "prompt": "#eceef1", "padding": "#ffffff"}
 ROLE_HATCH = {"response": "", "prompt": "", "padding": "....."}
 
 _WIDTH, _CHAIN, _TITLE, _ROW, _ROW_WITH_TOKEN = 8.8, 1.15, 0.3, 0.36, 0.5  # inches
+_CENTRED = {"ha": "center", "va": "center"}
 _ROUND = "round,pad=0,rounding_size=0.05"
 _GRADIENT_NORM = SymLogNorm(linthresh=1e-4, vmin=-1, vmax=1, clip=True)
 
@@ -91,7 +94,7 @@ class _Chain:
                 FancyBboxPatch((left, 0.08), 0.86, 0.84, boxstyle=_ROUND, facecolor="#f7f8fa", edgecolor=LINE)
             )
             axes.text(centre, 0.78, f"{index + 1}  {name}", ha="center", va="center", fontsize=9, color=INK)
-            self._formula[name] = axes.text(centre, 0.54, "", ha="center", va="center", fontsize=7.5, color=FAINT)
+            self._formula[name] = axes.text(centre, 0.54, "", fontsize=7.5, color=FAINT, **_CENTRED)
             self._value[name] = axes.text(
                 centre, 0.25, "", ha="center", va="center", fontsize=10.5, color=INK, weight="bold"
             )
@@ -119,34 +122,34 @@ class _Cells:
         axes.text(0.04, -0.14 / row_height, title, va="center", fontsize=9, color=INK)
         size = 10 if columns <= 8 else 8 if columns <= 16 else 6.5
         self._digits = 4 if columns <= 12 else 2
-        self._roles, self._patches, self._numbers = roles, [], []
+        self._roles, self._patches, self._frames, self._numbers = roles, [], [], []
         for row in range(rows):
             axes.text(-margin / 3, row + 0.5, str(row), ha="right", va="center", fontsize=9, color=FAINT)
             for column in range(columns):
                 role = roles[row][column]
-                patch = Rectangle(
-                    (column + 0.04, row + 0.06), 0.92, 0.88, fc=ROLE_FILL[role], ec=LINE, hatch=ROLE_HATCH[role]
-                )
-                patch.set_hatch_linewidth(0.4)
-                axes.add_patch(patch)
-                self._patches.append(patch)
-                centre = column + 0.5
+                self._patches.append(_cell(axes, row, column, facecolor=ROLE_FILL[role], hatch=ROLE_HATCH[role]))
+                # A patch of its own, because a hatch takes the colour of the frame and would cover the text.
+                self._frames.append(_cell(axes, row, column, facecolor="none"))
                 if tokens:
-                    axes.text(centre, row + 0.32, tokens[row][column], ha="center", va="center", fontsize=size + 1)
+                    token = tokens[row][column]
+                    text = token.strip("<>") or token
+                    axes.text(column + 0.5, row + 0.32, text, fontsize=size + 1, parse_math=False, **_CENTRED)
                 below = row + (0.7 if tokens else 0.5)
-                self._numbers.append(axes.text(centre, below, "", ha="center", va="center", fontsize=size))
+                self._numbers.append(axes.text(column + 0.5, below, "", fontsize=size, **_CENTRED))
 
     def update(self, values: Matrix, mask: Matrix, colour=None) -> None:
         flat_values = [value for row in values for value in row]
         flat_mask = [bool(value) for row in mask for value in row]
         flat_roles = [role for row in self._roles for role in row]
-        cells = zip(flat_values, flat_mask, flat_roles, self._patches, self._numbers, strict=True)
-        for value, selected, role, patch, number in cells:
-            number.set_text(f"{value:.{self._digits}f}" if value else "0")
+        cells = zip(flat_values, flat_mask, flat_roles, self._patches, self._frames, self._numbers, strict=True)
+        for value, selected, role, patch, frame, number in cells:
+            number.set_text(fixed(value, self._digits) if value else "0")
             number.set_color(INK if selected else FAINT)
-            patch.set_edgecolor(INK if selected else LINE)
-            patch.set_linewidth(1.6 if selected else 0.8)
-            patch.set_zorder(2 if selected else 1)
-            patch.set_facecolor(colour(value) if colour else ROLE_FILL[role])
-            if colour:
-                patch.set_hatch("")
+            frame.set(edgecolor=INK if selected else LINE, linewidth=1.6 if selected else 0.8)
+            patch.set(facecolor=colour(value) if colour else ROLE_FILL[role], hatch="" if colour else ROLE_HATCH[role])
+
+
+def _cell(axes: Axes, row: int, column: int, **look: object) -> Rectangle:
+    cell = Rectangle((column + 0.04, row + 0.06), 0.92, 0.88, edgecolor=LINE, **look)
+    cell.set_hatch_linewidth(0.4)
+    return axes.add_patch(cell)

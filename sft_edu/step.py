@@ -54,7 +54,8 @@ def sft_microbatch_train_step(
 
     The gradient is added to `.grad`, as autograd always does. This function never zeroes a gradient and never calls an
     optimizer. A microbatch whose mask is all 0 contributes a loss and a gradient of exactly 0. A NaN or an infinity
-    where the mask is 0 does not enter the loss. float16 and bfloat16 are added up in float32.
+    where the mask is 0 does not enter the loss, and gets a gradient of 0; where a model computed it, the chain rule may
+    still make NaN of that 0 inside the model. float16 and bfloat16 are added up in float32.
 
     A mask of the right shape but with the wrong meaning, such as the transpose of a square one, cannot be recognised.
 
@@ -66,18 +67,20 @@ def sft_microbatch_train_step(
         gradient_accumulation_steps: G >= 1, microbatches per optimizer step.
         normalize_constant: c > 0. The two rules by token count do not depend on it.
         rule: one of `RULES`, the denominator D. The default is the course notes' `c * G**2`.
-        minibatch_tokens: N >= 1, response tokens in all microbatches of this optimizer step, over all ranks. Rule
-            `token_mean` divides by it; other rules ignore it.
+        minibatch_tokens: N >= 1, response tokens in all microbatches of this optimizer step, over all ranks. Checked
+            whenever given; only rule `token_mean` divides by it.
         tap: called as `tap(name, value)` with every intermediate value, must return the value; see `Trace`.
 
     Returns:
         `loss`, the scaled loss `-(sum over the mask) / D` that was differentiated, 0-dim and detached, and `metadata`,
         0-dim detached tensors: `num_tokens` (int64), `masked_sum` (the sum over the mask / c), `loss` (before the
-        second division), `denominator` (D), and `value_flags` (0, or what `raise_for_bad_values` explains).
+        second division), `denominator` (D, in the dtype of the sum), and `value_flags` (0, or what
+        `raise_for_bad_values` explains).
 
     Raises:
         TypeError, ValueError: an argument is unusable; `.grad` is as it was. On an accelerator, bad values raise later,
-            in `raise_for_bad_values`; until then they contribute a gradient of exactly 0.
+            in `raise_for_bad_values`; call it before the optimizer steps. Until then the gradient of that microbatch's
+            log-probs is exactly 0.
 
     Warns:
         PositiveLogProbWarning: a log-prob under the mask is positive.

@@ -93,13 +93,15 @@ def tokenize_prompt_and_output(
     if longest < 2:
         raise ValueError("prompts and outputs: got no pair with two tokens; expected one token to predict another from")
 
-    tokens = torch.full((len(pairs), longest), _padding(tokenizer), dtype=torch.int64)
-    is_output = torch.zeros((len(pairs), longest), dtype=torch.bool)
+    tokens = torch.full((len(pairs), longest), _padding(tokenizer), dtype=torch.int64, device="cpu")
+    is_output = torch.zeros((len(pairs), longest), dtype=torch.bool, device="cpu")
     for row, (prompt, output) in enumerate(pairs):
         end_of_output = len(prompt) + len(output)
-        tokens[row, :end_of_output] = torch.tensor(prompt + output, dtype=torch.int64)
+        tokens[row, :end_of_output] = torch.tensor(prompt + output, dtype=torch.int64, device="cpu")
         is_output[row, len(prompt) : end_of_output] = True
-    return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": is_output[:, 1:]}
+    # Copies: labels that shared their memory with the inputs would change them when written to.
+    columns = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": is_output[:, 1:]}
+    return {name: column.contiguous() for name, column in columns.items()}
 
 
 def _padding(tokenizer: Tokenizer) -> int:
@@ -113,11 +115,12 @@ _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 def visible_token(token_id: int | torch.Tensor, tokenizer: Tokenizer) -> str:
     """The text of one token with nothing invisible in it: `␣` for a space, `⏎` for a newline, `<eos>`, `<pad>`.
 
-    A byte that is only a part of a character is shown as its number, `x` and two hexadecimal digits.
+    A token that is only a part of a character, as one byte may be, is shown as `x` and its id in hexadecimal.
     """
     token_id = int(token_id)
-    # Where one token serves as both, it is what a response ends with.
-    specials = {tokenizer.pad_token_id: "<pad>", tokenizer.eos_token_id: "<eos>"}
+    # Where one token serves as several, it is what a response ends with.
+    specials = {getattr(tokenizer, "bos_token_id", None): "<bos>", tokenizer.pad_token_id: "<pad>"}
+    specials[tokenizer.eos_token_id] = "<eos>"
     if token_id in specials:
         return specials[token_id]
     text = tokenizer.decode([token_id])

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sft_edu.digits import compact, fixed
+
 STAGES = ("policy_log_probs", "response_mask", "num_tokens", "masked_sum", "loss", "scaled_loss", "returned_loss")
 """The tensors a step taps: its two inputs, then steps 1 to 4 and 6 of the course notes. Step 5 is the backward pass,
 whose result is `Trace.grad("policy_log_probs")`. One more tap, "scaling", names the rule and its counts."""
@@ -166,12 +168,27 @@ def _formulas(trace: Trace) -> dict[str, str]:
     }
 
 
+def explain_gradient(trace: Trace, row: int, column: int) -> tuple[str, torch.Tensor]:
+    """Where the gradient of one token comes from: a product of one factor for each operation of the step.
+
+    Returns:
+        The product with its numbers put in, and its value, 0-dim. Rebuilt in the order of autograd, it equals
+        `trace.grad("policy_log_probs")[row, column]` to the last bit on the CPU.
+    """
+    rule, counts = trace["scaling"]
+    first, second = rule.divisors(counts)
+    value = torch.ones_like(trace["masked_sum"]) / second / first * -1 / counts["c"]
+    is_selected = int(trace["response_mask"][row, column] != 0)
+    first_symbol = rule.first if rule.uses_constant else f"({rule.first}/c)"
+    divisors = ((rule.second, second), (first_symbol, first), ("c", counts["c"]))
+    symbols = " × ".join(f"1/{symbol}" for symbol, _ in divisors)
+    numbers = " × ".join(f"1/{_number(divisor)}" for _, divisor in divisors)
+    product = (value * is_selected + 0.0).to(trace["policy_log_probs"].dtype)
+    return f"-1 × mask × {symbols} = -1 × {is_selected} × {numbers} = {fixed(product.item())}", product
+
+
 def _number(value: float | torch.Tensor) -> str:
-    """Four digits after the point; integers without; very large and very small numbers as powers of ten."""
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    if isinstance(value, bool) or (abs(value) < 1e6 and value == int(value)):
-        return str(int(value))
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
+    return compact(value.item() if isinstance(value, torch.Tensor) else value)
 
 
 def _short(value: torch.Tensor | None) -> str:
@@ -179,17 +196,13 @@ def _short(value: torch.Tensor | None) -> str:
     if value is None:
         return "-"
     if value.ndim == 0:
-        return _number(value) if not value.is_floating_point() else _fixed(value.item())
+        return fixed(value.item()) if value.is_floating_point() else _number(value)
     low, high = value.min(), value.max()
     return f"{list(value.shape)} {_number(low)} to {_number(high)}"
 
 
-def _fixed(value: float) -> str:
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
-
-
 def _matrix(value: torch.Tensor) -> str:
     """Rows of aligned numbers."""
-    cells = [[_fixed(x) if value.is_floating_point() else str(int(x)) for x in row] for row in value.tolist()]
+    cells = [[fixed(x) if value.is_floating_point() else str(int(x)) for x in row] for row in value.tolist()]
     width = max(len(cell) for row in cells for cell in row)
     return "\n".join("  ".join(cell.rjust(width) for cell in row) for row in cells)

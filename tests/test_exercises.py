@@ -1,9 +1,11 @@
 """The checks accept right answers, and name the mistake in wrong ones."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from sft_edu.exercises import check_microbatch_step, check_response_mask, check_returned_loss
+from sft_edu.exercises import _CONSTANTS, _denominators, check_microbatch_step, check_response_mask, check_returned_loss
 
 
 def test_unsolved_exercises_get_a_verdict_and_no_error():
@@ -60,6 +62,8 @@ def test_a_right_mask_is_accepted_as_list_tensor_or_iterator(make):
         (lambda p, o, n: [0] * (p - 1) + [1] * (n - p), "padding included"),
         (lambda p, o, n: [0] * (n - 1), "all masked"),
         (lambda p, o, n: [1] * (n - 1), "Label t is token t + 1"),
+        (lambda p, o, n: [0.9] * (p - 1) + [1.9] * o + [0.2] * (n - p - o), "expected zeros and ones"),
+        (lambda p, o, n: "x" * (n - 1), "a list of zeros and ones"),
         (lambda p, o, n: None, "a list of zeros and ones"),
         (lambda p, o, n: 1 // 0, "raised ZeroDivisionError"),
     ],
@@ -86,19 +90,35 @@ def right(x, m, steps, c):
     return -(x * m).sum() / c / steps / steps
 
 
-def test_a_right_step_is_accepted():
-    assert check_microbatch_step(step(right)).passed
+@pytest.mark.parametrize(
+    "learners_step",
+    [
+        step(right),
+        step(lambda x, m, g, c: right(x.float(), m, g, c)),
+        lambda *a: torch.tensor(step(right)(*a).item()),
+        lambda *a: step(right)(*a).clone(),
+    ],
+)
+def test_a_right_step_is_accepted(learners_step):
+    assert check_microbatch_step(learners_step).passed
+
+
+def test_no_two_known_mistakes_look_alike():
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]])
+    known = [d * 1.73**k for d in _denominators(mask, 5).values() for k in _CONSTANTS.values()]
+    known.sort()
+    assert all(larger / smaller > 1 + 1e-3 for smaller, larger in pairwise(known))
 
 
 @pytest.mark.parametrize(
     ("learners_step", "hint"),
     [
-        (step(lambda x, m, g, c: -right(x, m, g, c)), "wrong sign"),
-        (step(lambda x, m, g, c: right(x, m, g, c) * g), "G times too large"),
+        (step(lambda x, m, g, c: -right(x, m, g, c)), "less likely"),
+        (step(lambda x, m, g, c: right(x, m, g, c) * g), "divided by G once."),
         (step(lambda x, m, g, c: right(x, m, g, c) * g * g), "not divided by G"),
         (step(lambda x, m, g, c: right(x, m, g, c) / g), "once too often"),
         (step(lambda x, m, g, c: right(x, m, g, c) * c), "normalize_constant is missing"),
-        (step(lambda x, m, g, c: right(x, m, g, c) / m.sum()), "number of tokens"),
+        (step(lambda x, m, g, c: right(x, m, g, c) / m.sum()), "token count too"),
         (step(lambda x, m, g, c: right(x, m, g, c) / len(x)), "batch size"),
         (step(lambda x, m, g, c: -x.sum() / c / g / g), "mask 0 have a gradient"),
         (step(right, backward=0), "No gradient arrived"),
@@ -108,6 +128,17 @@ def test_a_right_step_is_accepted():
         (lambda *a: step(right)(*a).item(), "0-dim tensor; got float"),
         (step(lambda x, m, g, c: right(x, m, g, c) * 0.1234), "should be -1 / (c·G·G)"),
         (lambda *a: {}["x"], "raised KeyError"),
+        (step(lambda x, m, g, c: -(x * m).sum() / c / len(x) / g), "rule sequence_mean"),
+        (step(lambda x, m, g, c: -(x * m).sum() / m.sum() / g), "rule microbatch_token_mean"),
+        (step(lambda x, m, g, c: -(x * m).sum() / c / (g + 2)), "G + 2"),
+        (step(lambda x, m, g, c: -(x * m).sum() / c / g**g), "as often as there are microbatches"),
+        (step(lambda x, m, g, c: right(x, m, g, c) / c), "divides twice"),
+        (step(lambda x, m, g, c: right(x, m, g, c) * c * c), "it should divide"),
+        (step(lambda x, m, g, c: -right(x, m, g, c) * g), "less likely. It is divided by G once."),
+        (step(lambda x, m, g, c: -((x * m).sum(1) / m.sum(1)).sum() / c / g / g), "differs from token to token"),
+        (step(lambda x, m, g, c: right(x, m, g, c).reshape(1)), "got shape [1]"),
+        (lambda x, m, g, c: step(right)(x, m.fill_(1), g, c), "mask 0 have a gradient"),
+        (lambda x, m, g, c: step(right)(x, m.zero_(), g, c), "should be -1"),
     ],
 )
 def test_a_wrong_step_gets_the_hint_for_its_mistake(learners_step, hint):

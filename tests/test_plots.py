@@ -31,8 +31,8 @@ def test_frames_follow_the_mask_and_colours_follow_the_gradient():
     picture = StepPicture(ROLES)
     picture.update(STEPS, [[-1, -1], [-1, -1]], [[0, 1], [1, 0]], [[0.0, -0.25], [0.25, 0.0]])
     gradient_axes = picture.figure.axes[2]
-    cells = gradient_axes.patches
-    assert [cell.get_edgecolor() == to_rgba(INK) for cell in cells] == [False, True, True, False]
+    cells, frames = gradient_axes.patches[0::2], gradient_axes.patches[1::2]
+    assert [frame.get_edgecolor() == to_rgba(INK) for frame in frames] == [False, True, True, False]
     assert [cell.get_facecolor() for cell in cells] == [gradient_colour(g) for g in (0.0, -0.25, 0.25, 0.0)]
 
 
@@ -75,6 +75,15 @@ def test_the_gradient_map_is_symmetric_and_only_zero_is_white(gradient):
     if gradient >= 1e-4:
         assert below[0] > below[2]  # orange
         assert above[2] > above[0]  # purple
+
+
+@pytest.mark.parametrize("token", ["$$", "$\\foo$", "_{", "<pad>", "<>"])
+def test_a_token_is_written_as_it_is(token):
+    picture = StepPicture([["prompt"]], [[token]])
+    picture.update(STEPS, [[-1.0]], [[1]], [[-1e-5]])
+    FigureCanvasAgg(picture.figure).draw()
+    assert (token.strip("<>") or token) in texts(picture)
+    assert "-1.000e-05" in texts(picture)
 
 
 def test_plots_know_neither_torch_nor_pyplot():

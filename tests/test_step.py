@@ -29,11 +29,11 @@ def test_the_worked_example_is_exact():
 
 
 def test_the_second_example_gives_plus_a_fortieth_and_warns_of_positive_log_probs():
-    log_probs = leaf([[1.0, -0.5, 0.2], [-0.8, 0.5, -0.3]])
-    mask = torch.tensor([[0, 1, 1], [0, 1, 1]])  # masked sum -0.5 + 0.2 + 0.5 - 0.3 = -0.1
+    log_probs = leaf([[1.0, 0.5, -0.3, -0.8], [0.2, -0.4, -0.6, -0.2]])
+    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0]])  # masked sum 1.0 + 0.5 - 0.8 + 0.2 - 0.4 - 0.6 = -0.1
     with pytest.warns(PositiveLogProbWarning):
         loss, _ = sft_microbatch_train_step(log_probs, mask, 2)
-    assert loss.item() == pytest.approx(0.025, rel=1e-15)
+    assert loss.item() == pytest.approx(0.025, rel=1e-14)
 
 
 def test_repeated_calls_add_up_and_nothing_is_zeroed():
@@ -187,3 +187,14 @@ def test_masked_normalize_keeps_the_other_dimensions_and_ignores_what_is_masked(
 def test_masked_normalize_says_what_is_wrong(change, error, text):
     with pytest.raises(error, match=text):
         masked_normalize(**{"tensor": leaf(LOG_PROBS), "mask": torch.tensor(MASK)} | change)
+
+
+def test_a_nan_of_the_model_where_the_mask_is_0_gets_the_gradient_0_and_still_spoils_the_parameters():
+    weight = torch.ones(2, requires_grad=True)
+    inputs = torch.tensor([[-0.5, torch.nan]])
+    log_probs = inputs * weight
+    log_probs.retain_grad()
+    loss, _ = sft_microbatch_train_step(log_probs, torch.tensor([[1, 0]]), 1)
+    assert loss.item() == 0.5
+    assert log_probs.grad.tolist() == [[-1, 0]]
+    assert weight.grad.isnan().tolist() == [False, True]

@@ -153,3 +153,18 @@ def test_no_token_is_shown_with_anything_invisible_in_it(hugging_face):
         shown = [visible_token(token, tokenizer) for token in range(len(tokenizer))]
         assert all(text and text.isprintable() and not text.isspace() for text in shown)
     assert "cat" in shown
+
+
+def test_writing_to_the_labels_leaves_the_inputs_alone():
+    batch = tokenize_prompt_and_output(["ab", "c"], ["de", "f"], ByteTokenizer())
+    inputs = batch["input_ids"].clone()
+    batch["labels"][~batch["response_mask"]] = -100
+    assert batch["input_ids"].equal(inputs)
+    assert all(tensor.is_contiguous() for tensor in batch.values())
+
+
+def test_special_tokens_have_names():
+    tokenizer = ByteTokenizer()
+    assert [visible_token(token, tokenizer) for token in (256, 257, 258)] == ["<pad>", "<bos>", "<eos>"]
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    assert visible_token(258, tokenizer) == "<eos>"

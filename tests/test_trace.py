@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sft_edu import RULES, Trace, closed_form, no_tap, sft_microbatch_train_step
-from sft_edu.trace import STAGES
+from sft_edu.trace import STAGES, explain_gradient
 
 LOG_PROBS = [[-0.5, -0.3, -0.8, -0.2], [-0.4, -0.6, -0.3, -0.5]]
 MASK = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
@@ -243,3 +243,23 @@ def test_no_markup_gets_into_the_html(hostile, monkeypatch):
     html = trace._repr_html_()
     assert set(re.findall(r"</?([^\s>]*)", html)) <= KNOWN_TAGS
     assert {tag for tag, *_ in parsed(html).tags} == KNOWN_TAGS
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_product_of_a_token_is_its_gradient_to_the_last_bit(rule, dtype):
+    log_probs = torch.tensor([[-0.5, -0.3, -0.8], [-0.4, -0.6, -0.3]], dtype=dtype, requires_grad=True)
+    mask, trace = torch.tensor([[0, 1, 1], [1, 0, 1]]), Trace()
+    sft_microbatch_train_step(log_probs, mask, 3, 2.5, rule=rule, minibatch_tokens=11, tap=trace)
+    for row, column in mask.nonzero().tolist() + (mask == 0).nonzero().tolist():
+        text, product = explain_gradient(trace, row, column)
+        assert product.equal(log_probs.grad[row, column])
+        assert text.startswith("-1 × mask × 1/")
+
+
+def test_the_product_is_written_out():
+    trace = Trace()
+    log_probs = torch.tensor([[-0.5, -0.3]], requires_grad=True)
+    sft_microbatch_train_step(log_probs, torch.tensor([[1, 0]]), 4, 2.0, tap=trace)
+    assert explain_gradient(trace, 0, 0)[0] == "-1 × mask × 1/G × 1/G × 1/c = -1 × 1 × 1/4 × 1/4 × 1/2 = -0.0312"
+    assert explain_gradient(trace, 0, 1)[0] == "-1 × mask × 1/G × 1/G × 1/c = -1 × 0 × 1/4 × 1/4 × 1/2 = 0.0000"

@@ -24,7 +24,10 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Drop, in place, everything a stored lesson must not hold."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
+        kept = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            kept["jupyter"] = {"source_hidden": True}  # a question hides the code that knows its answer
+        cell.metadata = nbformat.from_dict(kept)
         for output in cell.get("outputs", []):
             if "data" in output:
                 output.metadata = nbformat.from_dict({})

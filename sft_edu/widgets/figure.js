@@ -23,17 +23,24 @@ function render({ model, el }) {
     }
     image.width = model.get("width");
     image.height = model.get("height");
-    image.alt = model.get("alt");
     image.src = url;
     if (shownUrl) URL.revokeObjectURL(shownUrl);
     shownUrl = url;
   }
 
+  // Two different texts can come with the same picture.
+  const describe = () => {
+    image.alt = model.get("alt");
+  };
+
   model.on("change:png", show);
+  model.on("change:alt", describe);
+  describe();
   show();
   return () => {
     newest++;
     model.off("change:png", show);
+    model.off("change:alt", describe);
     if (shownUrl) URL.revokeObjectURL(shownUrl);
   };
 }

@@ -20,8 +20,9 @@ class FigureView(anywidget.AnyWidget):
     `alt` describes what the figure shows now. `png` is the picture as a file.
     """
 
-    _esm = _HERE / "figure.js"
-    _css = _HERE / "figure.css"
+    # Text, not paths: anywidget watches paths, through a signal that would keep every closed widget in memory.
+    _esm = (_HERE / "figure.js").read_text(encoding="utf-8")
+    _css = (_HERE / "figure.css").read_text(encoding="utf-8")
     png = traitlets.Bytes().tag(sync=True)
     alt = traitlets.Unicode().tag(sync=True)
     width = traitlets.Int().tag(sync=True)
@@ -29,18 +30,23 @@ class FigureView(anywidget.AnyWidget):
 
     def show(self, figure: Figure, alt: str) -> None:
         """Draw the figure as it is now. Picture and description arrive together."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_PIXELS_PER_INCH * _SHARPNESS)
         with self.hold_sync():
             self.width, self.height = (round(inches * _PIXELS_PER_INCH) for inches in figure.get_size_inches())
             self.alt = alt
-            self.png = buffer.getvalue()
+            self.png = png_of(figure)
 
     def __repr__(self) -> str:
         return f"FigureView: {self.alt}"
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         return with_text_and_picture(super()._repr_mimebundle_(**kwargs), repr(self), self.png)
+
+
+def png_of(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_PIXELS_PER_INCH * _SHARPNESS)
+    return buffer.getvalue()
 
 
 def with_text_and_picture(bundle: dict | tuple, text: str, png: bytes = b"") -> dict | tuple:

@@ -65,9 +65,7 @@ class StepLab(Lab):
         )
         self._control(
             "normalize_constant",
-            ipywidgets.BoundedFloatText(
-                min=0.1, max=100, step=0.5, **labelled("c", "normalize_constant", "100px")
-            ),
+            ipywidgets.BoundedFloatText(min=0.1, max=100, step=0.5, **labelled("c", "normalize_constant", "100px")),
         )
         self._control("rule", ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "220px")))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sft_edu.digits import fixed
 from sft_edu.masks import token_roles
 from sft_edu.plots import StepPicture
 from sft_edu.trace import Trace
@@ -26,9 +27,9 @@ def show_step(trace: Trace, tokens: Sequence[Sequence[str]] | None = None) -> Fi
 def draw(picture: StepPicture, trace: Trace) -> None:
     """Put the numbers of a step into a picture of the same shape."""
     rows = {row.name: row for row in trace.rows() if row.step != "in"}
-    steps = {name: (row.formula, f"{row.value:.4f}") for name, row in rows.items() if name in _FLOATS}
+    steps = {name: (row.formula, fixed(float(row.value))) for name, row in rows.items() if name in _FLOATS}
     steps["num_tokens"] = (rows["num_tokens"].formula, str(int(trace["num_tokens"])))
-    steps["backward"] = (rows["backward"].formula, f"{token_gradient(trace):.4f} or 0")
+    steps["backward"] = (rows["backward"].formula, f"{fixed(token_gradient(trace))} or 0")
     log_probs, mask, gradient = trace["policy_log_probs"], trace["response_mask"], trace.grad("policy_log_probs")
     picture.update(steps, log_probs.tolist(), mask.tolist(), gradient.tolist())
 
@@ -36,8 +37,9 @@ def draw(picture: StepPicture, trace: Trace) -> None:
 def describe(trace: Trace) -> str:
     """The numbers of a step in one sentence."""
     return (
-        f"num_tokens {int(trace['num_tokens'])}, masked_sum {trace['masked_sum']:.4f}, loss {trace['loss']:.4f}, "
-        f"scaled_loss {trace['scaled_loss']:.4f}, gradient {token_gradient(trace):.4f} where the mask is 1."
+        f"num_tokens {int(trace['num_tokens'])}, masked_sum {fixed(trace['masked_sum'].item())}, "
+        f"loss {fixed(trace['loss'].item())}, scaled_loss {fixed(trace['scaled_loss'].item())}, "
+        f"gradient {fixed(token_gradient(trace))} where the mask is 1."
     )
 
 
