@@ -62,6 +62,8 @@ def check_returned_loss(answer: float, gradient_accumulation_steps: int) -> Verd
         "That is a mean over tokens. The course notes take the sum.": loss / metadata["num_tokens"],
     }
     hints = [hint for hint, value in mistakes.items() if _close(answer, value, by_hand)]
+    if abs(answer - loss) < 0.005:
+        return Verdict(False, "Nearly. Give three digits after the point.")
     return Verdict(False, (hints or ["Add the log-probs where the mask is 1, negate, divide by G, divide by G."])[0])
 
 
@@ -76,7 +78,7 @@ def check_response_mask(make_mask: Callable[[int, int, int], list[int]]) -> Verd
     longest = max(prompt + output for prompt, output in lengths)
     texts = [["p" * prompt for prompt, _ in lengths], ["o" * output for _, output in lengths]]
     expected = tokenize_prompt_and_output(*texts, ByteTokenizer())["response_mask"]
-    rows = []
+    rows, name = [], getattr(make_mask, "__name__", "your function")
     for prompt_length, output_length in lengths:
         row = _call(make_mask, prompt_length, output_length, longest)
         if isinstance(row, Verdict):
@@ -88,7 +90,7 @@ def check_response_mask(make_mask: Callable[[int, int, int], list[int]]) -> Verd
         if not set(row) <= {0, 1}:
             return Verdict(False, f"Got {min(set(row) - {0, 1}):g} among the values; expected zeros and ones.")
         if len(row) != longest - 1:
-            given = f"make_mask({prompt_length}, {output_length}, {longest}) gave {len(row)} values"
+            given = f"{name}({prompt_length}, {output_length}, {longest}) gave {len(row)} values"
             hint = " There is no label for the first token, so labels are one fewer than tokens."
             return Verdict(False, f"{given}; expected {longest - 1}.{hint if len(row) == longest else ''}")
         rows.append(row)
@@ -98,9 +100,12 @@ def check_response_mask(make_mask: Callable[[int, int, int], list[int]]) -> Verd
         if rows == preset.make(expected).int().tolist():
             return Verdict(False, f"This is the mask {preset.name!r}. {preset.consequence}")
     wrong = next(i for i, row in enumerate(rows) if row != expected[i].int().tolist())
-    call = f"make_mask({lengths[wrong][0]}, {lengths[wrong][1]}, {longest})"
+    given = ", ".join(f"{value:g}" for value in rows[wrong])
+    right = ", ".join(str(int(value)) for value in expected[wrong])
     return Verdict(
-        False, f"{call} gave {rows[wrong]}. Label t is token t + 1: ask of token t + 1 whether it is response."
+        False,
+        f"{name}({lengths[wrong][0]}, {lengths[wrong][1]}, {longest}) gave [{given}]; expected [{right}]. Label t is "
+        "token t + 1: ask of token t + 1 whether it is response. eos is already counted in output_length.",
     )
 
 
@@ -135,7 +140,10 @@ def _gradient_problem(gradient, expected: torch.Tensor, mask: torch.Tensor, step
     if _close(gradient, expected):
         return ""
     if gradient[mask == 0].abs().max() > 0:
-        return "Tokens with mask 0 have a gradient. Use the mask before you sum."
+        return (
+            "Tokens with mask 0 have a gradient. Use the mask before you sum: an integer mask as an index picks whole "
+            "rows, so compare it with == 1."
+        )
     selected = gradient[mask == 1]
     if not _close(selected, selected[0].expand_as(selected)):
         return "The gradient differs from token to token. Every token under the mask has the same weight in the sum."

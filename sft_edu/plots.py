@@ -153,3 +153,29 @@ def _cell(axes: Axes, row: int, column: int, **look: object) -> Rectangle:
     cell = Rectangle((column + 0.04, row + 0.06), 0.92, 0.88, edgecolor=LINE, **look)
     cell.set_hatch_linewidth(0.4)
     return axes.add_patch(cell)
+
+
+def bar_figure(panels: Sequence[tuple[str, Sequence[Mapping], float | None]], log: bool = False) -> Figure:
+    """Horizontal bars in one panel below the other.
+
+    Args:
+        panels: for each a title, rows with label, value, text and note, and where a line is drawn to compare with.
+        log: a logarithmic axis; values that are not positive have no bar.
+    """
+    heights = [0.45 + 0.34 * len(rows) for _, rows, _ in panels]
+    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.2), facecolor="white", layout="constrained")
+    every_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (title, rows, reference) in zip(every_axes, panels, strict=True):
+        labels = [f"{row['label']}  ({row['note']})" if row["note"] else row["label"] for row in rows]
+        bars = axes.barh(range(len(rows)), [row["value"] for row in rows], color="#8fb8de", edgecolor=INK, height=0.6)
+        axes.bar_label(bars, [row["text"] for row in rows], padding=4, fontsize=8, color=INK)
+        axes.set_yticks(range(len(rows)), labels, fontsize=8)
+        axes.set_title(title, loc="left", fontsize=9, color=INK)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+        if log:
+            axes.set_xscale("log")
+        if reference is not None:
+            axes.axvline(reference, color=INK, linewidth=1, linestyle="--")
+    return figure

@@ -67,6 +67,9 @@ class Trace:
         return value
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        """The value of a stage; that of `backward` is the gradient of `policy_log_probs`."""
+        if name == "backward":
+            return self.grad("policy_log_probs")
         return self._look_up(self._values, name, "value")
 
     def grad(self, name: str) -> torch.Tensor:

@@ -35,6 +35,7 @@ def test_the_loss_by_hand_is_accepted_to_three_digits(answer):
         (2.8 / 9 / 7, "mean over tokens"),
         (5.0, "Add the log-probs"),
         ("0.3", "a number is asked for"),
+        (0.31, "three digits"),
         (True, "a number is asked for"),
     ],
 )
@@ -61,7 +62,7 @@ def test_a_right_mask_is_accepted_as_list_tensor_or_iterator(make):
         (lambda p, o, n: [1] * (p - 1 + o) + [0] * (n - p - o), "prompt leaked in"),
         (lambda p, o, n: [0] * (p - 1) + [1] * (n - p), "padding included"),
         (lambda p, o, n: [0] * (n - 1), "all masked"),
-        (lambda p, o, n: [1] * (n - 1), "Label t is token t + 1"),
+        (lambda p, o, n: [1] * (n - 1), "expected [0, 0, 1, 1, 0, 0, 0]. Label t is token t + 1"),
         (lambda p, o, n: [0.9] * (p - 1) + [1.9] * o + [0.2] * (n - p - o), "expected zeros and ones"),
         (lambda p, o, n: "x" * (n - 1), "a list of zeros and ones"),
         (lambda p, o, n: None, "a list of zeros and ones"),

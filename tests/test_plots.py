@@ -51,7 +51,7 @@ def test_an_update_changes_the_picture_in_place():
 def test_no_text_leaves_its_box_or_the_picture():
     columns = 21
     picture = StepPicture([["prompt"] * columns] * 2, [["<pad>"] * columns] * 2)
-    steps = {name: ("-c·S / N = -(99.5000 · -1234.5678) / 999", "-1234.5678") for name in ("masked_sum", "loss")}
+    steps = dict.fromkeys(("masked_sum", "loss"), ("-c·S / N = -(99.5000 · -1234.5678) / 999", "-1234.5678"))
     picture.update(steps, [[-12.34] * columns] * 2, [[1] * columns] * 2, [[-0.0001] * columns] * 2)
     renderer = FigureCanvasAgg(picture.figure).get_renderer()
     page = picture.figure.bbox

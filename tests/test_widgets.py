@@ -125,7 +125,7 @@ def test_reset_brings_back_the_start():
 def test_a_wrong_setting_is_refused_and_changes_nothing(name, value):
     lab = StepLab()
     before = repr(lab)
-    with pytest.raises(traitlets.TraitError, match="mask|rule|gradient_accumulation_steps|normalize_constant"):
+    with pytest.raises(traitlets.TraitError, match=r"mask|rule|gradient_accumulation_steps|normalize_constant"):
         setattr(lab, name, value)
     assert repr(lab) == before
 
@@ -236,10 +236,10 @@ def test_a_prediction_reveals_nothing_before_a_choice():
     find(prediction, ipywidgets.RadioButtons)[0].value = "1"
     assert not button.disabled
     button.click()
-    assert "You chose 1: it is 2. It is even." in find(prediction, ipywidgets.HTML)[-1].value
+    assert "Not 1. It is 2. It is even." in find(prediction, ipywidgets.HTML)[-1].value
     prediction.choice = "2"
     assert find(prediction, ipywidgets.HTML)[-1].value == ""
-    assert prediction.reveal() == "Right: it is 2. It is even."
+    assert prediction.reveal() == "Right. It is 2. It is even."
 
 
 def test_a_prediction_without_its_answer_is_refused():

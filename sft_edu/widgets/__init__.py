@@ -1,21 +1,25 @@
 """Widgets for the lessons: labs to drive by hand or from code, pictures with words, predictions."""
 
+from sft_edu.widgets.accumulation_lab import AccumulationLab
 from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.figure import FigureView
 from sft_edu.widgets.mask_lab import MaskLab
 from sft_edu.widgets.prediction import Prediction
 from sft_edu.widgets.save_picture import SavePicture
+from sft_edu.widgets.scaling_lab import ScalingLab
 from sft_edu.widgets.stage_chain import StageChain
 from sft_edu.widgets.step_lab import StepLab
 from sft_edu.widgets.step_view import show_step
 from sft_edu.widgets.token_mask import TokenMask
 
 __all__ = [
+    "AccumulationLab",
     "Bars",
     "FigureView",
     "MaskLab",
     "Prediction",
     "SavePicture",
+    "ScalingLab",
     "StageChain",
     "StepLab",
     "TokenMask",

@@ -1,182 +1,173 @@
-"""What the labs share: a mask of toggles, a picture that follows it, a sentence that says what the picture shows."""
+"""What the labs share: settings that follow hand and code, views that follow the settings, a state to hand out."""
 
 from __future__ import annotations
 
 import textwrap
 import threading
-from collections.abc import Sequence
 from html import escape
+from typing import ClassVar
 
 import ipywidgets
 import torch
 import traitlets
+from matplotlib.figure import Figure
 
-from sft_edu.plots import StepPicture
-from sft_edu.step import sft_microbatch_train_step
-from sft_edu.trace import Trace
-from sft_edu.widgets.figure import FigureView, with_text_and_picture
-from sft_edu.widgets.step_view import describe, draw
-
-Mask = tuple[tuple[int, ...], ...]
+from sft_edu.widgets import state
+from sft_edu.widgets.figure import png_of, with_text_and_picture
+from sft_edu.widgets.save_picture import SavePicture
 
 
 class Lab(ipywidgets.VBox):
-    """One microbatch with its mask, gradients and numbers, redrawn whenever something changes.
+    """Settings, and numbers that follow them: computed by autograd in the kernel, drawn by the page.
 
-    Subclasses add controls, name their settings, and say in words what the step does.
+    A subclass lists its settings, makes controls for some and views for the numbers, and says how to compute, to show,
+    and to put into words. Whatever changes a setting, a hand or code, recomputes and redraws everything, once.
     """
 
-    gradient_accumulation_steps = traitlets.Int(1, min=1, max=32)
-    normalize_constant = traitlets.Float(1.0)
-    rule = traitlets.Unicode("notes")
-    mask = traitlets.Any()
+    SETTINGS: ClassVar[dict[str, tuple[str, state.Kind]]] = {}
+    """Key of a setting in the state text -> the trait that holds it, and how it is written."""
 
-    def __init__(
-        self,
-        policy_log_probs: torch.Tensor,
-        mask: torch.Tensor,
-        roles: Sequence[Sequence[str]],
-        tokens: Sequence[Sequence[str]] | None = None,
-        **settings: object,
-    ) -> None:
+    def __init__(self, **settings: object) -> None:
         # A callback may run on another thread while a cell is busy: whoever holds the lock changes the lab.
         self._lock = threading.RLock()
-        self._writing = True  # the lab is setting its own traits or controls, nobody's hand is
-        self._log_probs = policy_log_probs.detach().clone()
-        self._start = {"mask": as_tuples(mask), **settings}
-        self._picture = StepPicture(roles, tokens)
-        self._view = FigureView()
-        self._words = ipywidgets.HTML()
+        self._writing = True  # the lab is setting its own traits and controls; nobody's hand is
+        self._start = settings
         self._controls: dict[str, ipywidgets.Widget] = {}
-        self._toggles = _toggles(self._start["mask"], tokens)
+        self._drawn = 0
         super().__init__()
-        for toggle in self._flat_toggles():
-            toggle.observe(self._read_toggles, "value")
-        reset = ipywidgets.Button(description="reset", tooltip="back to the start", layout={"width": "80px"})
+        views = self._make()
+        reset = ipywidgets.Button(description="reset", tooltip="back to the start", layout={"width": "70px"})
         reset.on_click(lambda _: self.reset())
-        self._add_controls()
         controls = ipywidgets.HBox([*self._controls.values(), reset], layout={"flex_flow": "row wrap"})
-        caption = ipywidgets.HTML("<small>response_mask: press a token to switch it between 1 (dark) and 0</small>")
-        grid = ipywidgets.VBox([ipywidgets.HBox(row) for row in self._toggles])
-        self.children = [controls, caption, grid, self._view, self._words]
+        self._state_box = ipywidgets.Text(
+            continuous_update=False, **labelled("state", "copy it, or paste another", "440px")
+        )
+        self._state_box.observe(self._state_by_hand, "value")
+        self._complaint = ipywidgets.HTML()
+        save = SavePicture(self.figure, name=type(self).__name__, description=lambda: repr(self))
+        footer = ipywidgets.HBox([self._state_box, save], layout={"flex_flow": "row wrap"})
+        self.children = [controls, *views, footer, self._complaint]
+        self.observe(self._changed, [trait for trait, _ in self.SETTINGS.values()])
         self.reset()
 
     def reset(self) -> None:
-        """Back to the state in which the lab was made."""
-        with self._lock:
-            self._writing = True  # one drawing at the end, not one for each trait
-            try:
-                for name, value in self._start.items():
-                    setattr(self, name, value)
-            finally:
-                self._writing = False
-            self._refresh()
+        """Back to the settings with which the lab was made."""
+        self._apply(self._start)
 
-    def _add_controls(self) -> None:
-        """Make the controls, and `_control` each."""
+    @property
+    def state(self) -> str:
+        """The settings in one line; `type(lab).from_state(lab.state)` is a lab like this one."""
+        return state.write({key: (kind, getattr(self, trait)) for key, (trait, kind) in self._written().items()})
+
+    @state.setter
+    def state(self, text: str) -> None:
+        read = state.read(text, {key: kind for key, (_, kind) in self.SETTINGS.items()})
+        self._apply({self.SETTINGS[key][0]: value for key, value in read.items()})
+
+    @classmethod
+    def from_state(cls, text: str, *arguments: object, **settings: object) -> Lab:
+        """A lab with the settings of a state text. What the text leaves out is as in a new lab.
+
+        Args:
+            text: what `lab.state` gave.
+            arguments: those of the class, where the other lab was made with any.
+            settings: likewise.
+
+        Raises:
+            ValueError: a word of the text is no setting of this lab, or its value cannot be read.
+            TraitError: a value is out of range.
+        """
+        lab = cls(*arguments, **settings)
+        lab.state = text
+        lab._start = {trait: getattr(lab, trait) for trait, _ in cls.SETTINGS.values()}
+        return lab
+
+    def figure(self) -> Figure:
+        """The numbers as they are now, as a picture to look at or to save."""
         raise NotImplementedError
+
+    def words(self) -> str:
+        """What the numbers mean, in a sentence or two."""
+        raise NotImplementedError
+
+    def numbers(self) -> list[str]:
+        """The numbers themselves, in lines of text."""
+        raise NotImplementedError
+
+    def _make(self) -> list[ipywidgets.Widget]:
+        """Make the controls, `_control` each, and return the views."""
+        raise NotImplementedError
+
+    def _compute(self) -> None:
+        raise NotImplementedError
+
+    def _show(self) -> None:
+        raise NotImplementedError
+
+    def _written(self) -> dict[str, tuple[str, state.Kind]]:
+        """The settings worth writing into the state text."""
+        return self.SETTINGS
 
     def _control(self, trait: str, control: ipywidgets.Widget) -> None:
-        """Let a control and a trait follow each other."""
+        """Let a control and a setting follow each other."""
         self._controls[trait] = control
         control.observe(lambda change: self._by_hand(trait, change["new"]), "value")
-
-    def _settings(self) -> str:
-        raise NotImplementedError
-
-    def _sentence(self) -> str:
-        raise NotImplementedError
-
-    @traitlets.validate("normalize_constant")
-    def _check_constant(self, proposal) -> float:
-        if not 0.1 <= proposal["value"] <= 100:  # NaN passes the limits of a traitlet
-            raise traitlets.TraitError(f"normalize_constant: got {proposal['value']}; expected 0.1 to 100")
-        return proposal["value"]
-
-    @traitlets.validate("mask")
-    def _check_mask(self, proposal) -> Mask:
-        mask, expected = torch.as_tensor(proposal["value"]), self._log_probs.shape
-        if mask.shape != expected or not ((mask == 0) | (mask == 1)).all():
-            raise traitlets.TraitError(f"mask: got {proposal['value']!r}; expected {list(expected)} values 0 or 1")
-        return as_tuples(mask)
-
-    @traitlets.observe("mask", "gradient_accumulation_steps", "normalize_constant", "rule")
-    def _refresh(self, change=None) -> None:
-        with self._lock:
-            if not self._writing:
-                self._write_controls()
-                self._run()
-                self._draw()
-
-    def _run(self) -> None:
-        """One real step on a fresh leaf. Grad mode is set here: it belongs to the thread."""
-        mask = torch.tensor(self.mask)
-        self._trace = Trace()
-        with torch.enable_grad():
-            sft_microbatch_train_step(
-                self._log_probs.clone().requires_grad_(),
-                mask,
-                self.gradient_accumulation_steps,
-                self.normalize_constant,
-                rule=self.rule,
-                minibatch_tokens=max(int(mask.sum()), 1) * self.gradient_accumulation_steps,
-                tap=self._trace,
-            )
-
-    def _draw(self) -> None:
-        sentence = self._sentence()
-        draw(self._picture, self._trace)
-        self._words.value = f"<p>{escape(sentence)}</p>"
-        self._view.show(self._picture.figure, f"{describe(self._trace)} {sentence}")
-
-    @property
-    def num_tokens(self) -> int:
-        """Ones in the mask."""
-        return int(self._trace["num_tokens"])
-
-    @property
-    def loss(self) -> float:
-        """What the step returned."""
-        return float(self._trace["returned_loss"])
-
-    @property
-    def gradient(self) -> torch.Tensor:
-        """d scaled_loss / d policy_log_probs, `[B, T]`."""
-        return self._trace.grad("policy_log_probs")
-
-    def __repr__(self) -> str:
-        mask = " ".join("".join(map(str, row)) for row in self.mask)
-        title = f"{type(self).__name__}({self._settings()}, mask={mask!r})"
-        return "\n".join([title, *textwrap.wrap(describe(self._trace), 100), *textwrap.wrap(self._sentence(), 100)])
-
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        return with_text_and_picture(super()._repr_mimebundle_(**kwargs), repr(self), self._view.png)
-
-    def _flat_toggles(self) -> list[ipywidgets.ToggleButton]:
-        return [toggle for row in self._toggles for toggle in row]
-
-    def _read_toggles(self, change) -> None:
-        self._by_hand("mask", [[int(toggle.value) for toggle in row] for row in self._toggles])
 
     def _by_hand(self, trait: str, value: object) -> None:
         with self._lock:
             if not self._writing:
                 setattr(self, trait, value)
 
-    def _write_controls(self) -> None:
-        self._writing = True  # or each toggle would read the half-written others back
+    def _state_by_hand(self, change) -> None:
+        with self._lock:
+            if self._writing:
+                return
+            try:
+                self.state = change["new"]
+            except (ValueError, traitlets.TraitError) as error:
+                self._complaint.value = f"<span>{escape(str(error))}</span>"
+
+    def _apply(self, settings: dict[str, object]) -> None:
+        """Set all of them, or none if one is refused; then compute and draw once."""
+        with self._lock:
+            before = {trait: getattr(self, trait) for trait in settings}
+            self._writing = True
+            try:
+                for trait, value in settings.items():
+                    setattr(self, trait, value)
+            except BaseException:
+                for trait, value in before.items():
+                    setattr(self, trait, value)
+                raise
+            finally:
+                self._writing = False
+            self._refresh()
+
+    def _changed(self, change) -> None:
+        with self._lock:
+            if not self._writing:
+                self._refresh()
+
+    def _refresh(self) -> None:
+        """Compute and draw. Grad mode and device belong to the thread, and nobody knows on which this runs."""
+        self._writing = True  # or a control would set its trait again while others still hold old values
         try:
+            with torch.enable_grad(), torch.device("cpu"):
+                self._compute()
+            self._drawn += 1
             for trait, control in self._controls.items():
                 control.value = getattr(self, trait)
-            for toggle, value in zip(self._flat_toggles(), (v for row in self.mask for v in row), strict=True):
-                toggle.value = bool(value)
+            self._state_box.value, self._complaint.value = self.state, ""
+            self._show()
         finally:
             self._writing = False
 
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}: {self.state}", *self.numbers()]
+        return "\n".join(wrapped for line in [*lines, self.words()] for wrapped in textwrap.wrap(line, 100))
 
-def as_tuples(mask: torch.Tensor) -> Mask:
-    """A mask as a value: equal masks are equal, and nobody can change one from outside."""
-    return tuple(tuple(row) for row in mask.int().tolist())
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        return with_text_and_picture(super()._repr_mimebundle_(**kwargs), repr(self), png_of(self.figure()))
 
 
 def labelled(symbol: str, meaning: str, width: str) -> dict:
@@ -189,18 +180,15 @@ def labelled(symbol: str, meaning: str, width: str) -> dict:
     }
 
 
-def _toggles(mask: Mask, tokens: Sequence[Sequence[str]] | None) -> list[list[ipywidgets.ToggleButton]]:
-    width = "64px" if len(mask[0]) <= 8 else "36px"
-    return [
-        [
-            ipywidgets.ToggleButton(
-                value=bool(value),
-                description=tokens[row][column].strip("<>") or tokens[row][column] if tokens else f"{row}, {column}",
-                tooltip=f"sequence {row}, token {column}",
-                layout={"width": width, "padding": "0", "margin": "1px"},
-                style={"font_size": "11px"},
-            )
-            for column, value in enumerate(values)
-        ]
-        for row, values in enumerate(mask)
-    ]
+def one_of(trait: str, value: str, names) -> str:
+    """The value, if it is among the names."""
+    if value not in names:
+        raise traitlets.TraitError(f"{trait}: got {value!r}; expected one of {', '.join(names)}")
+    return value
+
+
+def between(trait: str, value: float, low: float, high: float) -> float:
+    """The value, if it is in range. NaN is not, though it passes the limits of a traitlet."""
+    if not low <= value <= high:
+        raise traitlets.TraitError(f"{trait}: got {value}; expected {low:g} to {high:g}")
+    return value

@@ -47,8 +47,8 @@ class Prediction(ipywidgets.VBox):
         """The verdict on the choice, also shown below it."""
         if self.choice is None:
             return "Choose an answer first."
-        start = "Right" if self.choice == self.answer else f"You chose {self.choice}"
-        verdict = f"{start}: it is {self.answer}. {self.because}"
+        start = "Right." if self.choice == self.answer else f"Not {self.choice}."
+        verdict = f"{start} It is {self.answer}. {self.because}"
         self._verdict.value = f"<p>{escape(verdict)}</p>"
         return verdict
 

@@ -1,51 +1,62 @@
-"""The six steps, with a hand on G, the constant, the rule and the mask."""
+"""The six steps, with a hand on the mask, G, the constant, the rule and every log-prob."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
 
 import ipywidgets
 import torch
 import traitlets
 
-from sft_edu.masks import token_roles
+from sft_edu.digits import fixed
 from sft_edu.scaling import RULES
-from sft_edu.widgets.lab import Lab, labelled
+from sft_edu.widgets import state
+from sft_edu.widgets.lab import between, labelled, one_of
+from sft_edu.widgets.microbatch_lab import MicrobatchLab
 from sft_edu.widgets.step_view import token_gradient
 
 _LOG_PROBS = ((-0.5, -0.3, -0.8, -0.2), (-0.4, -0.6, -0.3, -0.5))
 _MASK = ((1, 1, 0, 1), (1, 1, 1, 1))
 
 
-class StepLab(Lab):
+class StepLab(MicrobatchLab):
     """One microbatch through the six steps. Without arguments: the worked example of the course notes.
 
-    Drive it by hand or from code: `lab.gradient_accumulation_steps = 4; lab`. Rule `token_mean` takes every microbatch
-    of the minibatch to hold as many response tokens as this one.
+    Drive it by hand or from code: `lab.gradient_accumulation_steps = 4; lab`. The token in focus is the one whose
+    log-prob the slider changes, and whose gradient is taken apart as a product. Rule `token_mean` takes every
+    microbatch of the minibatch to hold as many response tokens as this one.
 
     Args:
-        policy_log_probs: `[B, T]`, finite.
+        policy_log_probs: `[B, T]`, finite, at most 0.
         response_mask: `[B, T]`, 0 and 1.
-        tokens: B rows of T short texts to show in the cells, or None.
+        tokens: B rows of T short texts, or None: the tokens show their log-probs.
         gradient_accumulation_steps: G, 1 to 32.
         normalize_constant: c, 0.1 to 100.
         rule: one of `RULES`.
     """
 
+    SETTINGS: ClassVar = {
+        "G": ("gradient_accumulation_steps", state.INTEGER),
+        "c": ("normalize_constant", state.NUMBER),
+        "rule": ("rule", state.NAME),
+        "mask": ("mask", state.MASK),
+        "logp": ("log_probs", state.MATRIX),
+    }
+
     def __init__(
         self,
         policy_log_probs: torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
-        tokens: list[list[str]] | None = None,
+        tokens: Sequence[Sequence[str]] | None = None,
         *,
         gradient_accumulation_steps: int = 2,
         normalize_constant: float = 1.0,
         rule: str = "notes",
     ) -> None:
-        log_probs = torch.tensor(_LOG_PROBS) if policy_log_probs is None else policy_log_probs
-        mask = torch.tensor(_MASK) if response_mask is None else response_mask
         super().__init__(
-            log_probs,
-            mask,
-            token_roles(mask != 0),
+            torch.tensor(_LOG_PROBS) if policy_log_probs is None else policy_log_probs,
+            torch.tensor(_MASK) if response_mask is None else response_mask,
             tokens,
             gradient_accumulation_steps=gradient_accumulation_steps,
             normalize_constant=normalize_constant,
@@ -54,30 +65,56 @@ class StepLab(Lab):
 
     @traitlets.validate("rule")
     def _check_rule(self, proposal) -> str:
-        if proposal["value"] not in RULES:
-            raise traitlets.TraitError(f"rule: got {proposal['value']!r}; expected one of {', '.join(RULES)}")
-        return proposal["value"]
+        return one_of("rule", proposal["value"], RULES)
 
-    def _add_controls(self) -> None:
-        self._control(
-            "gradient_accumulation_steps",
-            ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "300px")),
-        )
-        self._control(
-            "normalize_constant",
-            ipywidgets.BoundedFloatText(min=0.1, max=100, step=0.5, **labelled("c", "normalize_constant", "100px")),
-        )
-        self._control("rule", ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "220px")))
+    @traitlets.validate("normalize_constant")
+    def _check_constant(self, proposal) -> float:
+        return between("normalize_constant", proposal["value"], 0.1, 100)
 
-    def _settings(self) -> str:
-        return f"G={self.gradient_accumulation_steps}, c={self.normalize_constant:g}, rule={self.rule!r}"
+    @property
+    def focused_log_prob(self) -> float:
+        """The log-prob of the token in focus; set it, and the step runs again."""
+        row, column = self._token_mask.focused
+        return self.log_probs[row][column]
 
-    def _sentence(self) -> str:
+    @focused_log_prob.setter
+    def focused_log_prob(self, value: float) -> None:
+        row, column = self._token_mask.focused
+        changed = [list(values) for values in self.log_probs]
+        changed[row][column] = value
+        self.log_probs = changed
+
+    def _make(self) -> list[ipywidgets.Widget]:
+        views = super()._make()
+        steps = labelled("G", "gradient_accumulation_steps", "230px")
+        constant = labelled("c", "normalize_constant", "90px")
+        rule = labelled("rule", "the denominator", "210px")
+        log_prob = labelled("log p", "the log-prob of the token in focus", "230px")
+        self._control("gradient_accumulation_steps", ipywidgets.IntSlider(min=1, max=32, **steps))
+        self._control("normalize_constant", ipywidgets.BoundedFloatText(min=0.1, max=100, step=0.5, **constant))
+        self._control("rule", ipywidgets.Dropdown(options=list(RULES), **rule))
+        self._control("focused_log_prob", ipywidgets.FloatSlider(min=-10, max=0, step=0.1, **log_prob))
+        return views
+
+    def _explain(self, change) -> None:
+        super()._explain(change)
+        with self._lock:
+            before, self._writing = self._writing, True  # the slider turns to another token: nobody moved it
+            try:
+                self._controls["focused_log_prob"].value = self.focused_log_prob
+            finally:
+                self._writing = before
+
+    def _written(self) -> dict[str, tuple[str, state.Kind]]:
+        unchanged = self.log_probs == self._first_log_probs
+        return {key: setting for key, setting in self.SETTINGS.items() if key != "logp" or not unchanged}
+
+    def words(self) -> str:
         rule, counts = self._trace["scaling"]
         if not self.num_tokens:
             return "The mask is 0 everywhere: loss and gradient are exactly 0."
         return (
-            f"Each of the {self.num_tokens} response tokens gets the gradient {token_gradient(self._trace):.4f} = "
+            f"Each of the {self.num_tokens} response tokens gets the gradient {fixed(token_gradient(self._trace))} = "
             f"-1 / ({rule.formula}), where {rule.formula} = {float(rule.denominator(counts)):g}. "
             "Every other token gets exactly 0."
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sft_edu.digits import fixed
+from sft_edu.digits import compact, fixed
 from sft_edu.masks import token_roles
 from sft_edu.plots import StepPicture
-from sft_edu.trace import Trace
+from sft_edu.trace import Row, Trace
 from sft_edu.widgets.figure import FigureView
 
 
@@ -26,12 +26,26 @@ def show_step(trace: Trace, tokens: Sequence[Sequence[str]] | None = None) -> Fi
 
 def draw(picture: StepPicture, trace: Trace) -> None:
     """Put the numbers of a step into a picture of the same shape."""
-    rows = {row.name: row for row in trace.rows() if row.step != "in"}
-    steps = {name: (row.formula, fixed(float(row.value))) for name, row in rows.items() if name in _FLOATS}
-    steps["num_tokens"] = (rows["num_tokens"].formula, str(int(trace["num_tokens"])))
-    steps["backward"] = (rows["backward"].formula, f"{fixed(token_gradient(trace))} or 0")
+    steps = {row.name: (row.formula, value_text(trace, row)) for row in trace.rows() if row.step != "in"}
     log_probs, mask, gradient = trace["policy_log_probs"], trace["response_mask"], trace.grad("policy_log_probs")
     picture.update(steps, log_probs.tolist(), mask.tolist(), gradient.tolist())
+
+
+def stages(trace: Trace) -> list[dict[str, str]]:
+    """The six steps as a `StageChain` takes them."""
+    return [
+        {"step": row.step, "name": row.name, "symbolic": symbolic, "numeric": numeric, "value": value_text(trace, row)}
+        for row in trace.rows()
+        if row.step != "in"
+        for symbolic, _, numeric in [row.formula.partition(" = ")]
+    ]
+
+
+def value_text(trace: Trace, row: Row) -> str:
+    """The value of a step in a few characters."""
+    if row.name == "backward":
+        return f"{fixed(token_gradient(trace))} or 0"
+    return compact(row.value.item()) if row.name == "num_tokens" else fixed(row.value.item())
 
 
 def describe(trace: Trace) -> str:
@@ -46,6 +60,3 @@ def describe(trace: Trace) -> str:
 def token_gradient(trace: Trace) -> float:
     """The gradient that every response token gets; 0 if there is none."""
     return float(trace.grad("policy_log_probs").min())
-
-
-_FLOATS = ("masked_sum", "loss", "scaled_loss", "returned_loss")

@@ -61,7 +61,7 @@ def test_a_prediction_reveals_its_answer_on_demand(lab: LabPage):
     expect(reveal).to_be_disabled()
     output.get_by_label("1.4000").check()
     reveal.click()
-    expect(output).to_contain_text("You chose 1.4000: it is 0.7000.")
+    expect(output).to_contain_text("Not 1.4000. It is 0.7000.")
     lab.close()
 
 

@@ -1,0 +1,235 @@
+"""A minibatch in G microbatches: watch the gradient fill up, beside the gradient of the whole."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import ClassVar
+
+import ipywidgets
+import torch
+import traitlets
+from matplotlib.figure import Figure
+
+from sft_edu.accumulate import (
+    Accumulation,
+    Batch,
+    accumulate,
+    compare,
+    full_batch_gradient,
+    ragged_minibatch,
+    split_minibatch,
+)
+from sft_edu.log_probs import get_response_log_probs
+from sft_edu.memory import saved_bytes
+from sft_edu.model import TinyLM
+from sft_edu.plots import bar_figure
+from sft_edu.scaling import RULES
+from sft_edu.widgets import state
+from sft_edu.widgets.bars import Bars
+from sft_edu.widgets.lab import Lab, between, labelled, one_of
+
+
+class AccumulationLab(Lab):
+    """A minibatch of real sequences, split into G microbatches, on a tiny model in float64.
+
+    `played` of the microbatches have run; play, or drag. Drive it by hand or from code: `lab.played = 2; lab`. Memory
+    is what autograd holds for backward, measured.
+
+    Args:
+        num_sequences: 8 to 32.
+        gradient_accumulation_steps: G, 1 to 32; more than there are sequences count as that many.
+        rule: one of `RULES`.
+        imbalance: 0, all responses equally long, to 1, the longest about 16 times as long as the shortest.
+        played: how many microbatches have run; all of them when None.
+    """
+
+    SETTINGS: ClassVar = {
+        "N": ("num_sequences", state.INTEGER),
+        "G": ("gradient_accumulation_steps", state.INTEGER),
+        "rule": ("rule", state.NAME),
+        "imbalance": ("imbalance", state.NUMBER),
+        "played": ("played", state.INTEGER),
+    }
+
+    num_sequences = traitlets.Int(8, min=8, max=32)
+    gradient_accumulation_steps = traitlets.Int(4, min=1, max=32)
+    rule = traitlets.Unicode("token_mean")
+    imbalance = traitlets.Float(0.5)
+    played = traitlets.Int(4, min=0, max=32)
+
+    def __init__(
+        self,
+        num_sequences: int = 8,
+        gradient_accumulation_steps: int = 4,
+        rule: str = "token_mean",
+        imbalance: float = 0.5,
+        played: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_sequences=num_sequences,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            rule=rule,
+            imbalance=imbalance,
+            played=gradient_accumulation_steps if played is None else played,
+        )
+
+    @property
+    def ratio(self) -> float:
+        """|gradient so far| / |gradient of the full batch|."""
+        return self._comparison.ratio
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between the gradient so far and that of the full batch."""
+        return self._comparison.cosine
+
+    @property
+    def microbatch_bytes(self) -> int:
+        """The most that one microbatch holds for backward."""
+        return _held(self.num_sequences, self.imbalance, self.gradient_accumulation_steps)
+
+    @property
+    def full_batch_bytes(self) -> int:
+        """What the whole minibatch at once holds for backward."""
+        return _held(self.num_sequences, self.imbalance, 1)
+
+    @traitlets.validate("rule")
+    def _check_rule(self, proposal) -> str:
+        return one_of("rule", proposal["value"], RULES)
+
+    @traitlets.validate("imbalance")
+    def _check_imbalance(self, proposal) -> float:
+        return between("imbalance", proposal["value"], 0, 1)
+
+    def _make(self) -> list[ipywidgets.Widget]:
+        sequences = ipywidgets.IntSlider(min=8, max=32, step=8, **labelled("sequences", "of the minibatch", "220px"))
+        steps = ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "220px"))
+        rule = ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "220px"))
+        ragged = ipywidgets.FloatSlider(min=0, max=1, step=0.1, **labelled("imbalance", "of response lengths", "230px"))
+        played = ipywidgets.IntSlider(min=0, max=32, **labelled("played", "microbatches that have run", "230px"))
+        controls = (sequences, steps, rule, ragged, played)
+        for (trait, _), control in zip(self.SETTINGS.values(), controls, strict=True):
+            self._control(trait, control)
+        play = ipywidgets.Play(min=0, max=32, interval=600, **labelled("", "run the microbatches one by one", "130px"))
+        self._control("played_by_play", play)
+        self._gradient = Bars(title="length of the gradient, full batch = 1", reference=1, reference_label="full batch")
+        self._memory = Bars(title="memory held for backward, bytes")
+        return [self._gradient, self._memory]
+
+    # The play button counts too; it is a second control for the same setting.
+    played_by_play = property(lambda self: self.played, lambda self, value: setattr(self, "played", value))
+
+    def _compute(self) -> None:
+        self.gradient_accumulation_steps = min(self.gradient_accumulation_steps, self.num_sequences)
+        self.played = min(self.played, self.gradient_accumulation_steps)
+        for name in ("played", "played_by_play"):
+            self._controls[name].max = self.gradient_accumulation_steps
+        self._controls["gradient_accumulation_steps"].max = self.num_sequences
+        self._reference = _reference(self.num_sequences, self.imbalance)
+        self._result = _accumulated(self.num_sequences, self.imbalance, self.gradient_accumulation_steps, self.rule)
+        zero = torch.zeros_like(self._reference)
+        so_far = (zero, *self._result.running)[self.played]
+        self._comparison, self._finished = (
+            compare(so_far, self._reference),
+            compare(self._result.gradient, self._reference),
+        )
+
+    def _show(self) -> None:
+        gradient, memory = self._gradient_rows(), self._memory_rows()
+        with self._gradient.hold_sync():
+            self._gradient.limits = [0, max(1.5, *(row["value"] for row in gradient))]
+            self._gradient.rows = gradient
+            self._gradient.words = self.words()
+            self._gradient.drawn = self._drawn
+        with self._memory.hold_sync():
+            self._memory.limits = [0, self.full_batch_bytes]
+            self._memory.rows = memory
+            self._memory.drawn = self._drawn
+
+    def _gradient_rows(self) -> list[dict]:
+        steps = self.gradient_accumulation_steps
+        return [
+            _row(
+                f"after {self.played} of {steps}",
+                self.ratio,
+                f"{self.ratio:.4f}x",
+                self.rule,
+                f"cosine {self.cosine:.4f}",
+            ),
+            _row(
+                f"after all {steps}",
+                self._finished.ratio,
+                f"{self._finished.ratio:.4f}x",
+                self.rule,
+                f"cosine {self._finished.cosine:.4f}",
+            ),
+            _row("full batch", 1.0, "1.0000x", "neutral", "one backward over all sequences"),
+        ]
+
+    def _memory_rows(self) -> list[dict]:
+        one, whole = self.microbatch_bytes, self.full_batch_bytes
+        return [
+            _row("one microbatch", one, f"{one:,}", "gradient", f"{one / whole:.4f} of the full batch"),
+            _row("full batch", whole, f"{whole:,}", "neutral", ""),
+        ]
+
+    def figure(self) -> Figure:
+        return bar_figure(
+            [
+                ("length of the gradient, full batch = 1", self._gradient_rows(), 1.0),
+                ("bytes held for backward", self._memory_rows(), None),
+            ]
+        )
+
+    def numbers(self) -> list[str]:
+        tokens = " + ".join(str(count) for count in self._result.num_tokens.tolist())
+        return [
+            f"Response tokens per microbatch: {tokens}.",
+            f"Against the full batch: length {self.ratio:.4f}x, cosine {self.cosine:.4f}.",
+            f"Held for backward: {self.microbatch_bytes / self.full_batch_bytes:.2f} of what the full batch would hold.",
+        ]
+
+    def words(self) -> str:
+        steps, error = self.gradient_accumulation_steps, self._finished.relative_error
+        if self.played < steps:
+            return f"{self.played} of {steps} microbatches have added their share. The optimizer waits for all of them."
+        if error < 1e-12:
+            return (
+                f"All {steps} microbatches together give the gradient of the full batch, and each needed less memory."
+            )
+        if 1 - self._finished.cosine < 1e-12:
+            return f"The direction is that of the full batch, the length is {self._finished.ratio:.4f} of it."
+        return (
+            f"This is not the gradient of the full batch: it is {error:.4f} of its length away, in another direction."
+        )
+
+
+def _row(label: str, value: float, text: str, colour: str, note: str) -> dict:
+    return {"label": label, "value": value, "text": text, "colour": colour, "note": note}
+
+
+@lru_cache(maxsize=1)
+def _model() -> TinyLM:
+    return TinyLM(d_model=16, num_layers=1, num_heads=2, context_length=256).double()
+
+
+@lru_cache(maxsize=8)
+def _batch(num_sequences: int, imbalance: float) -> Batch:
+    return ragged_minibatch(num_sequences, imbalance)
+
+
+@lru_cache(maxsize=8)
+def _reference(num_sequences: int, imbalance: float) -> torch.Tensor:
+    return full_batch_gradient(_model(), _batch(num_sequences, imbalance))
+
+
+@lru_cache(maxsize=32)
+def _accumulated(num_sequences: int, imbalance: float, steps: int, rule: str) -> Accumulation:
+    microbatches = split_minibatch(_batch(num_sequences, imbalance), steps)
+    return accumulate(_model(), microbatches, rule=rule, keep_running=True)
+
+
+@lru_cache(maxsize=64)
+def _held(num_sequences: int, imbalance: float, steps: int) -> int:
+    model, largest = _model(), split_minibatch(_batch(num_sequences, imbalance), steps)[0]
+    return saved_bytes(lambda: get_response_log_probs(model, largest["input_ids"], largest["labels"]), model, largest)

@@ -1,0 +1,212 @@
+// Horizontal bars on one axis. Rows are made once for a number of rows; after that only texts and lengths change.
+
+const TICKS = 12; // at most; those not needed are hidden
+const QUIET = 800; // milliseconds without a change, before words are read out
+
+function make(tag, className, role = "") {
+  const node = document.createElement(tag);
+  node.className = className;
+  if (role) node.setAttribute("role", role);
+  return node;
+}
+
+function write(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+// Where a value stands on the axis: 0 at its low end, 1 at its high end, below or above these beyond it.
+function place(value, [low, high], log) {
+  return log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
+}
+
+// Round numbers on the axis: about five of them, or the powers of ten.
+function ticksOf([low, high], log) {
+  const slack = 1e-9;
+  if (log) {
+    const decades = Math.log10(high / low);
+    const stride = Math.ceil(decades / 8);
+    const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+    const found = [];
+    for (let power = first; power <= last; power += stride) {
+      for (const digit of decades < 2.5 ? [1, 2, 5] : [1]) found.push(digit * 10 ** power);
+    }
+    return found.filter((tick) => tick >= low * (1 - slack) && tick <= high * (1 + slack)).slice(0, TICKS);
+  }
+  const rough = (high - low) / 5;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((factor) => factor * power >= rough * (1 - slack)) * power;
+  const found = [];
+  for (let index = Math.ceil(low / step - slack); index * step <= high + slack * step; index++) found.push(index * step);
+  return found.slice(0, TICKS);
+}
+
+function tickText(tick) {
+  const size = Math.abs(tick);
+  return size !== 0 && (size < 1e-3 || size >= 1e5) ? tick.toExponential().replace("+", "") : String(+tick.toPrecision(6));
+}
+
+function render({ model, el }) {
+  const root = make("div", "sft-edu-bars");
+  const title = make("div", "sft-edu-bars-title");
+  const plot = make("div", "sft-edu-bars-plot");
+  const scale = make("div", "sft-edu-bars-scale");
+  const axis = make("div", "sft-edu-bars-axis");
+  const table = make("div", "sft-edu-bars-table", "table");
+  const words = make("p", "sft-edu-bars-words");
+  const live = make("div", "sft-edu-bars-live", "status");
+  const line = make("div", "sft-edu-bars-reference");
+  const lineLabel = make("div", "sft-edu-bars-reference-label");
+  const ticks = Array.from({ length: TICKS }, () => {
+    const tick = make("div", "sft-edu-bars-tick");
+    tick.append(make("span", "sft-edu-bars-tick-text"));
+    return tick;
+  });
+  root.dir = "ltr"; // an axis runs from left to right, whatever the letters
+  for (const picture of [title, scale, words]) picture.setAttribute("aria-hidden", "true"); // said by table and live
+  axis.append(...ticks, line, lineLabel);
+  scale.append(axis);
+  plot.append(scale, table);
+  root.append(title, plot, words, live);
+  el.append(root);
+
+  let bars = [];
+  let timer = 0;
+  const widest = { label: 6, text: 6 }; // in digits; grows and never shrinks, so that bars keep their place
+
+  function makeBar() {
+    const bar = {
+      row: make("div", "sft-edu-bars-row", "row"),
+      head: make("div", "sft-edu-bars-head", "rowheader"),
+      label: make("span", "sft-edu-bars-label"),
+      note: make("span", "sft-edu-bars-note"),
+      track: make("div", "sft-edu-bars-track"),
+      fill: make("div", "sft-edu-bars-fill"),
+      text: make("div", "sft-edu-bars-text", "cell"),
+    };
+    bar.track.setAttribute("aria-hidden", "true");
+    bar.head.append(bar.label, bar.note);
+    bar.track.append(bar.fill);
+    bar.row.append(bar.head, bar.track, bar.text);
+    return bar;
+  }
+
+  function drawRows() {
+    const rows = model.get("rows");
+    if (rows.length !== bars.length) {
+      bars = rows.map(makeBar);
+      table.replaceChildren(...bars.map((bar) => bar.row));
+    }
+    rows.forEach((row, index) => {
+      const bar = bars[index];
+      write(bar.label, row.label);
+      write(bar.note, row.note);
+      write(bar.text, row.text);
+      if (bar.fill.dataset.colour !== row.colour) bar.fill.dataset.colour = row.colour;
+      widen("label", Math.max([...row.label].length, [...row.note].length * 0.85));
+      widen("text", [...row.text].length);
+    });
+    drawLengths();
+  }
+
+  function widen(column, needed) {
+    const width = Math.min(Math.ceil(needed), 32);
+    if (width <= widest[column]) return;
+    widest[column] = width;
+    root.style.setProperty(`--sft-edu-bars-${column}`, `${width}ch`);
+  }
+
+  function drawLengths() {
+    const [limits, log] = [model.get("limits"), model.get("log")];
+    const from = log ? 0 : Math.min(1, Math.max(0, place(0, limits, log)));
+    model.get("rows").slice(0, bars.length).forEach(({ value }, index) => { // other rows may come in this message
+      const { style, dataset } = bars[index].fill;
+      const shown = value !== null && !(log && value <= 0);
+      const to = shown ? place(value, limits, log) : from;
+      const end = Math.min(1, Math.max(0, to));
+      style.left = `${100 * Math.min(from, end)}%`;
+      style.width = `${100 * Math.abs(end - from)}%`;
+      dataset.beyond = to > 1 ? "high" : to < 0 && end !== from ? "low" : "";
+      dataset.empty = String(!shown || end === from);
+    });
+  }
+
+  function drawAxis() {
+    const [limits, log] = [model.get("limits"), model.get("log")];
+    const found = ticksOf(limits, log);
+    ticks.forEach((tick, index) => {
+      tick.hidden = index >= found.length;
+      if (tick.hidden) return;
+      tick.style.left = `${100 * place(found[index], limits, log)}%`;
+      tick.dataset.zero = String(!log && found[index] === 0);
+      write(tick.firstChild, tickText(found[index]));
+    });
+    drawReference();
+    drawLengths();
+  }
+
+  function drawReference() {
+    const [limits, log, reference] = [model.get("limits"), model.get("log"), model.get("reference")];
+    const at = reference === null ? NaN : log && reference <= 0 ? -1 : place(reference, limits, log);
+    const percent = 100 * Math.min(1, Math.max(0, at));
+    root.dataset.reference = String(reference !== null);
+    line.hidden = !(at >= 0 && at <= 1);
+    lineLabel.hidden = reference === null;
+    if (reference === null) return;
+    line.style.left = lineLabel.style.left = `${percent}%`;
+    lineLabel.style.transform = `translateX(${-percent}%)`; // stays above the axis at both its ends
+    const label = model.get("reference_label");
+    write(lineLabel, at < 0 ? `◂ ${label}` : at > 1 ? `${label} ▸` : label);
+  }
+
+  function drawName() {
+    const [reference, label] = [model.get("reference"), model.get("reference_label")];
+    const name = [model.get("title"), reference === null ? "" : `reference line: ${label}`].filter(Boolean).join("; ");
+    if (table.getAttribute("aria-label") !== name) table.setAttribute("aria-label", name);
+  }
+
+  function drawTitle() {
+    write(title, model.get("title"));
+    drawName();
+  }
+
+  function drawMark() {
+    drawReference();
+    drawName();
+  }
+
+  function drawWords() {
+    write(words, model.get("words"));
+    clearTimeout(timer);
+    timer = setTimeout(() => write(live, model.get("words")), QUIET);
+  }
+
+  function drawCount() {
+    root.dataset.drawn = String(model.get("drawn"));
+  }
+
+  const handlers = {
+    "change:rows": drawRows,
+    "change:title": drawTitle,
+    "change:limits": drawAxis,
+    "change:log": drawAxis,
+    "change:reference": drawMark,
+    "change:reference_label": drawMark,
+    "change:words": drawWords,
+    change: drawCount, // comes after the others, when all of a message is drawn
+  };
+  for (const [event, handler] of Object.entries(handlers)) model.on(event, handler);
+
+  drawRows();
+  drawAxis();
+  drawTitle();
+  write(words, model.get("words"));
+  write(live, model.get("words"));
+  drawCount();
+  return () => {
+    clearTimeout(timer);
+    for (const [event, handler] of Object.entries(handlers)) model.off(event, handler);
+    root.remove();
+  };
+}
+
+export default { render };

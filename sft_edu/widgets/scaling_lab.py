@@ -1,0 +1,164 @@
+"""All rules side by side: what each makes of the same minibatch, and what an optimizer makes of that."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from html import escape
+from typing import ClassVar
+
+import ipywidgets
+import torch
+import traitlets
+from matplotlib.figure import Figure
+
+from sft_edu.accumulate import Accumulation, accumulate, compare, full_batch_gradient, ragged_minibatch, split_minibatch
+from sft_edu.digits import fixed
+from sft_edu.model import TinyLM
+from sft_edu.optimizer_view import optimizer_view
+from sft_edu.plots import bar_figure
+from sft_edu.scaling import RULES
+from sft_edu.widgets import state
+from sft_edu.widgets.bars import Bars
+from sft_edu.widgets.lab import Lab, between, labelled
+
+_SEQUENCES = 8
+_COLUMNS = ("rule", "D", "length", "cosine", "logged loss", "SGD lr", "AdamW step", "clipped")
+
+
+class ScalingLab(Lab):
+    """Eight real sequences in G microbatches under each of the five rules, on a tiny model in float64.
+
+    Every gradient is compared with the per-token mean of the full batch. Drive it by hand or from code:
+    `lab.imbalance = 1; lab`.
+
+    Args:
+        gradient_accumulation_steps: G, 1 to 8.
+        imbalance: 0, all responses equally long, to 1, the longest about 16 times as long as the shortest.
+        max_norm: where gradients are clipped, 0.01 to 100.
+    """
+
+    SETTINGS: ClassVar = {
+        "G": ("gradient_accumulation_steps", state.INTEGER),
+        "imbalance": ("imbalance", state.NUMBER),
+        "max_norm": ("max_norm", state.NUMBER),
+    }
+
+    gradient_accumulation_steps = traitlets.Int(4, min=1, max=_SEQUENCES)
+    imbalance = traitlets.Float(0.5)
+    max_norm = traitlets.Float(1.0)
+
+    def __init__(self, gradient_accumulation_steps: int = 4, imbalance: float = 0.5, max_norm: float = 1.0) -> None:
+        super().__init__(
+            gradient_accumulation_steps=gradient_accumulation_steps, imbalance=imbalance, max_norm=max_norm
+        )
+
+    @traitlets.validate("imbalance")
+    def _check_imbalance(self, proposal) -> float:
+        return between("imbalance", proposal["value"], 0, 1)
+
+    @traitlets.validate("max_norm")
+    def _check_max_norm(self, proposal) -> float:
+        return between("max_norm", proposal["value"], 0.01, 100)
+
+    def _make(self) -> list[ipywidgets.Widget]:
+        steps = labelled("G", "gradient_accumulation_steps", "230px")
+        ragged = labelled("imbalance", "of response lengths", "260px")
+        norm = labelled("max_norm", "the length at which gradients are clipped", "160px")
+        self._control("gradient_accumulation_steps", ipywidgets.IntSlider(min=1, max=_SEQUENCES, **steps))
+        self._control("imbalance", ipywidgets.FloatSlider(min=0, max=1, step=0.1, **ragged))
+        self._control("max_norm", ipywidgets.BoundedFloatText(min=0.01, max=100, step=0.5, **norm))
+        self._bars = Bars(
+            title="length of the accumulated gradient, full-batch token mean = 1",
+            limits=[0.1, 1000],
+            log=True,
+            reference=1,
+            reference_label="full batch",
+        )
+        self._table = ipywidgets.HTML()
+        return [self._bars, self._table]
+
+    def _compute(self) -> None:
+        reference = _reference(self.imbalance)
+        self.results = {
+            rule: {
+                "comparison": compare(accumulated.gradient, reference),
+                "optimizer": optimizer_view(accumulated.gradient, reference, max_norm=self.max_norm),
+                "logged": accumulated.logged_loss.item(),
+            }
+            for rule in RULES
+            for accumulated in [_accumulated(self.imbalance, self.gradient_accumulation_steps, rule)]
+        }
+        tokens = [_accumulated(self.imbalance, self.gradient_accumulation_steps, "token_mean").num_tokens.tolist()]
+        self._tokens = tokens[0]
+
+    def _show(self) -> None:
+        with self._bars.hold_sync():
+            self._bars.rows = self._rows()
+            self._bars.words = self.words()
+            self._bars.drawn = self._drawn
+        cells = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in self._lines()]
+        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in _COLUMNS)
+        self._table.value = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
+
+    def _rows(self) -> list[dict]:
+        return [
+            {
+                "label": rule,
+                "value": result["comparison"].ratio,
+                "text": f"{fixed(result['comparison'].ratio)}x",
+                "colour": rule,
+                "note": RULES[rule].formula,
+            }
+            for rule, result in self.results.items()
+        ]
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                rule,
+                RULES[rule].formula,
+                f"{fixed(result['comparison'].ratio)}x",
+                fixed(result["comparison"].cosine),
+                fixed(result["logged"]),
+                f"{fixed(result['optimizer'].learning_rate_factor)}x",
+                f"{fixed(result['optimizer'].adamw.ratio)}x",
+                "yes" if result["optimizer"].clips else "no",
+            )
+            for rule, result in self.results.items()
+        ]
+
+    def figure(self) -> Figure:
+        return bar_figure(
+            [("length of the accumulated gradient, full-batch token mean = 1", self._rows(), 1.0)], log=True
+        )
+
+    def numbers(self) -> list[str]:
+        lines = [_COLUMNS, *self._lines()]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
+        return [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+
+    def words(self) -> str:
+        exact = [rule for rule, result in self.results.items() if result["comparison"].relative_error < 1e-12]
+        aligned = [rule for rule, result in self.results.items() if 1 - result["comparison"].cosine < 1e-12]
+        tokens = ", ".join(map(str, self._tokens))
+        return (
+            f"With {tokens} response tokens in the microbatches, the gradient of the full batch is reached by "
+            f"{' and '.join(exact) or 'no rule'}; its direction by {' and '.join(aligned) or 'no rule'}."
+        )
+
+
+@lru_cache(maxsize=1)
+def _model() -> TinyLM:
+    return TinyLM(d_model=16, num_layers=1, num_heads=2, context_length=256).double()
+
+
+@lru_cache(maxsize=16)
+def _reference(imbalance: float) -> torch.Tensor:
+    return full_batch_gradient(_model(), ragged_minibatch(_SEQUENCES, imbalance))
+
+
+@lru_cache(maxsize=256)
+def _accumulated(imbalance: float, steps: int, rule: str) -> Accumulation:
+    return accumulate(_model(), split_minibatch(ragged_minibatch(_SEQUENCES, imbalance), steps), rule=rule)

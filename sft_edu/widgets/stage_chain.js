@@ -1,0 +1,196 @@
+// Steps as boxes from left to right. Boxes are made once for a number of stages; after that only texts change.
+
+const PARTS = ["name", "symbolic", "numeric", "value"];
+const QUIET = 800; // milliseconds without a change, before words are read out
+const HINT = "Press a step to see more of it.";
+
+function make(tag, className) {
+  const node = document.createElement(tag);
+  node.className = className;
+  return node;
+}
+
+function write(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function render({ model, el }) {
+  const root = make("div", "sft-edu-chain");
+  root.dir = "ltr"; // steps run from left to right, whatever their letters
+  const row = make("div", "sft-edu-chain-row");
+  const area = make("div", "sft-edu-chain-detail");
+  const head = make("div", "sft-edu-chain-head");
+  const body = make("div", "sft-edu-chain-lines");
+  const words = make("p", "sft-edu-chain-words");
+  const live = make("div", "sft-edu-chain-live");
+  row.setAttribute("role", "toolbar");
+  row.setAttribute("aria-label", "steps");
+  area.setAttribute("role", "region");
+  area.setAttribute("aria-label", "more about the selected step");
+  area.tabIndex = 0; // to scroll it by keys
+  area.dataset.lmSuppressShortcuts = "true";
+  words.setAttribute("aria-hidden", "true"); // the live region says the same
+  live.setAttribute("role", "status");
+  area.append(head, body);
+  root.append(row, area, words, live);
+  el.append(root);
+
+  let boxes = [];
+  let names = [];
+  let lines = [];
+  let current = 0; // the box that holds the tab stop
+  let asking = false; // this view has selected a stage and is to read out the answer
+  let timer = 0;
+
+  function announce(text, delay) {
+    clearTimeout(timer);
+    timer = setTimeout(() => write(live, text), delay);
+  }
+
+  function makeBox(index) {
+    const cell = make("div", "sft-edu-chain-cell");
+    const button = make("button", "sft-edu-chain-box");
+    button.type = "button";
+    button.tabIndex = -1;
+    button.dataset.index = index;
+    button.dataset.lmSuppressShortcuts = "true"; // or x, pressed on a box, cuts the cell
+    const box = { cell, button };
+    for (const part of PARTS) box[part] = make("span", `sft-edu-chain-${part}`);
+    const formula = make("span", "sft-edu-chain-formula");
+    formula.append(box.symbolic, box.numeric);
+    button.append(box.name, formula, box.value);
+    cell.append(button);
+    return box;
+  }
+
+  function drawStages() {
+    const stages = model.get("stages");
+    names = stages.map((stage) => stage.name);
+    if (stages.length !== boxes.length) {
+      const hadFocus = row.contains(document.activeElement);
+      boxes = stages.map((_, index) => makeBox(index));
+      row.style.setProperty("--sft-edu-chain-count", String(Math.max(1, boxes.length)));
+      row.replaceChildren(...boxes.map((box) => box.cell));
+      if (boxes.length) touch(Math.min(current, boxes.length - 1), hadFocus);
+      drawSelected();
+    }
+    stages.forEach((stage, index) => {
+      const box = boxes[index];
+      write(box.name, `${stage.step} ${stage.name}`.trim());
+      write(box.symbolic, stage.symbolic);
+      write(box.numeric, stage.numeric && stage.symbolic ? `= ${stage.numeric}` : stage.numeric);
+      write(box.value, stage.value);
+      box.value.classList.toggle("sft-edu-chain-long", stage.value.length > 12);
+      for (const part of PARTS) {
+        if (box[part].title !== box[part].textContent) box[part].title = box[part].textContent; // in case it is cut
+      }
+    });
+    drawHead();
+  }
+
+  function drawSelected() {
+    const selected = model.get("selected");
+    boxes.forEach((box, index) => {
+      box.button.setAttribute("aria-pressed", String(names[index] === selected));
+    });
+    drawHead();
+    drawDetail();
+  }
+
+  function drawHead() {
+    const index = names.indexOf(model.get("selected"));
+    write(head, index < 0 ? HINT : boxes[index].name.textContent);
+    area.dataset.selected = String(index >= 0);
+  }
+
+  function drawDetail() {
+    // Until the kernel has heard of a selection, its detail is that of another stage.
+    const selected = model.get("selected");
+    const shown = names.includes(selected) && model.get("_answered") === selected ? model.get("detail") : [];
+    if (shown.length !== lines.length) {
+      lines = shown.map(() => make("div", "sft-edu-chain-line"));
+      body.replaceChildren(...lines);
+    }
+    shown.forEach((text, index) => write(lines[index], text));
+  }
+
+  function drawAnswer() {
+    drawDetail();
+    if (asking && lines.length) announce([head, ...lines].map((line) => line.textContent).join(". "), 100);
+    asking = false;
+  }
+
+  function drawWords() {
+    write(words, model.get("words"));
+    announce(words.textContent, QUIET);
+  }
+
+  function touch(index, focus = true) {
+    if (boxes[current]) boxes[current].button.tabIndex = -1;
+    current = index;
+    boxes[current].button.tabIndex = 0;
+    if (focus) boxes[current].button.focus();
+  }
+
+  function onClick(event) {
+    const button = event.target.closest(".sft-edu-chain-box");
+    if (!button) return;
+    const index = Number(button.dataset.index);
+    touch(index);
+    asking = model.get("selected") !== names[index];
+    model.set("selected", asking ? names[index] : "");
+    model.save_changes();
+  }
+
+  function onKeydown(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+    const last = boxes.length - 1;
+    const goal = {
+      ArrowRight: Math.min(current + 1, last),
+      ArrowDown: Math.min(current + 1, last),
+      ArrowLeft: Math.max(current - 1, 0),
+      ArrowUp: Math.max(current - 1, 0),
+      Home: 0,
+      End: last,
+    }[event.key];
+    if (goal === undefined) return;
+    event.preventDefault(); // the page does not scroll
+    event.stopPropagation();
+    touch(goal);
+  }
+
+  function onFocus(event) {
+    const button = event.target.closest(".sft-edu-chain-box");
+    if (button) touch(Number(button.dataset.index), false);
+  }
+
+  function drawCount() {
+    root.dataset.drawn = String(model.get("drawn"));
+  }
+
+  const handlers = {
+    "change:stages": drawStages,
+    "change:selected": drawSelected,
+    "change:detail": drawDetail,
+    "change:_answered": drawAnswer,
+    "change:words": drawWords,
+    change: drawCount, // comes after the others, when all of a message is drawn
+  };
+  for (const [event, handler] of Object.entries(handlers)) model.on(event, handler);
+  row.addEventListener("click", onClick);
+  row.addEventListener("keydown", onKeydown);
+  row.addEventListener("focusin", onFocus);
+
+  drawStages();
+  drawSelected();
+  write(words, model.get("words"));
+  write(live, model.get("words"));
+  drawCount();
+  return () => {
+    clearTimeout(timer);
+    for (const [event, handler] of Object.entries(handlers)) model.off(event, handler);
+    root.remove();
+  };
+}
+
+export default { render };
