@@ -1,17 +1,43 @@
 """Labs and predictions, driven as a hand would drive them, without a browser."""
 
+import gc
+import re
 import subprocess
 import sys
 import threading
+import weakref
 
 import ipywidgets
 import pytest
 import torch
 import traitlets
 
-from sft_edu import RULES, Trace, closed_form, sft_microbatch_train_step
+from sft_edu import (
+    RULES,
+    TinyLM,
+    Trace,
+    accumulate,
+    closed_form,
+    compare,
+    full_batch_gradient,
+    sft_microbatch_train_step,
+    split_minibatch,
+)
+from sft_edu.accumulate import ragged_minibatch
+from sft_edu.digits import fixed
 from sft_edu.masks import PRESETS
-from sft_edu.widgets import MaskLab, Prediction, StepLab, show_step
+from sft_edu.widgets import (
+    AccumulationLab,
+    Bars,
+    MaskLab,
+    Prediction,
+    SavePicture,
+    ScalingLab,
+    StageChain,
+    StepLab,
+    TokenMask,
+    show_step,
+)
 
 MASK = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
 
@@ -39,7 +65,7 @@ def test_the_step_lab_opens_on_the_worked_example():
     assert (lab.num_tokens, round(lab.loss, 6)) == (7, 0.7)
     assert lab.gradient.equal(-0.25 * MASK)
     assert repr(lab) == (
-        "StepLab(G=2, c=1, rule='notes', mask='1101 1111')\n"
+        "StepLab: G=2 c=1 rule=notes mask=1101/1111\n"
         "num_tokens 7, masked_sum -2.8000, loss 1.4000, scaled_loss 0.7000, gradient -0.2500 where the mask\n"
         "is 1.\n"
         "Each of the 7 response tokens gets the gradient -0.2500 = -1 / (c·G²), where c·G² = 4. Every other\n"
@@ -65,37 +91,61 @@ def test_code_moves_the_controls():
     assert find(lab, ipywidgets.Dropdown)[0].value == "token_mean"
 
 
-def test_a_toggle_changes_the_mask_and_a_mask_changes_the_toggles():
+def test_painting_changes_the_mask_and_a_mask_changes_the_tokens():
     lab = StepLab()
-    toggles = find(lab, ipywidgets.ToggleButton)
-    toggles[2].value = True
-    assert lab.mask == ((1, 1, 1, 1), (1, 1, 1, 1))
+    tokens = find(lab, TokenMask)[0]
+    tokens.mask = [[1, 1, 1, 1], [1, 1, 1, 1]]
     assert lab.num_tokens == 8
+    assert tokens.values[0][2] == -0.25
     lab.mask = torch.zeros(2, 4, dtype=torch.bool)
-    assert not any(toggle.value for toggle in toggles)
+    assert tokens.mask == ((0, 0, 0, 0),) * 2
     assert lab.loss == 0
     assert "exactly 0" in repr(lab)
 
 
-def test_every_change_draws_a_new_picture_with_words_that_are_true_of_it():
+def test_what_the_views_show_is_what_the_step_computed():
     lab = StepLab()
-    pictures, words = {lab._view.png}, {lab._view.alt}
+    chain, tokens = find(lab, StageChain)[0], find(lab, TokenMask)[0]
     for steps in (1, 3, 32):
         lab.gradient_accumulation_steps = steps
-        pictures.add(lab._view.png)
-        words.add(lab._view.alt)
-        assert f"loss {2.8 / steps:.4f}" in lab._view.alt
-        assert f"where c·G² = {steps**2}" in find(lab, ipywidgets.HTML)[-1].value
-    assert len(pictures) == len(words) == 4
+        values = {stage["name"]: stage["value"] for stage in chain.stages}
+        assert values["masked_sum"] == "-2.8000"
+        assert values["returned_loss"] == fixed(lab.loss) == fixed(2.8 / steps**2)
+        assert torch.tensor(tokens.values).equal(lab.gradient)
+        assert f"where c·G² = {steps**2}" in chain.words
+        assert chain.drawn == lab._drawn
 
 
-def test_one_figure_serves_all_updates():
+def test_a_small_gradient_is_not_shown_as_zero():
+    lab = StepLab(gradient_accumulation_steps=32, normalize_constant=100)
+    assert "gradient -9.766e-06 = -1 / (c·G²), where c·G² = 102400" in repr(lab).replace("\n", " ")
+
+
+def test_the_token_in_focus_is_taken_apart_and_its_log_prob_is_on_the_slider():
     lab = StepLab()
-    figure = lab._picture.figure
-    for steps in range(1, 33):
-        lab.gradient_accumulation_steps = steps
-    assert lab._picture.figure is figure
-    assert len(figure.axes) == 3
+    chain, tokens, slider = find(lab, StageChain)[0], find(lab, TokenMask)[0], find(lab, ipywidgets.FloatSlider)[0]
+    tokens.focused = (1, 2)
+    assert slider.value == pytest.approx(-0.3)
+    assert chain.detail == [
+        "Gradient of token [1, 2], the one in focus:",
+        "-1 × mask × 1/G × 1/G × 1/c = -1 × 1 × 1/2 × 1/2 × 1/1 = -0.2500, and autograd gave the same",
+    ]
+    slider.value = -2.3
+    assert lab.log_probs[1][2] == pytest.approx(-2.3)
+    assert "masked_sum -4.8000" in repr(lab)
+    assert tokens.tokens[1][2] == "-2.3"
+    tokens.focused = (0, 0)
+    assert slider.value == pytest.approx(-0.5)
+    assert lab.log_probs[1][2] == pytest.approx(-2.3)
+
+
+def test_a_chosen_stage_shows_its_formula_and_its_gradient():
+    lab = StepLab()
+    chain = find(lab, StageChain)[0]
+    chain.selected = "loss"
+    assert chain.detail[1:] == ["-S / G = -(-2.8000) / 2", "its gradient, d scaled_loss / d loss: 0.5000"]
+    chain.selected = "backward"
+    assert chain.detail[1] == "-m / (c·G²) = -m / 4"
 
 
 def test_reset_brings_back_the_start():
@@ -103,8 +153,9 @@ def test_reset_brings_back_the_start():
     start = repr(lab)
     lab.gradient_accumulation_steps, lab.normalize_constant, lab.rule = 9, 4.0, "sequence_mean"
     lab.mask = 1 - MASK
+    lab.log_probs = [[-1.0] * 4] * 2
     assert repr(lab) != start
-    find(lab, ipywidgets.Button)[0].click()
+    next(button for button in find(lab, ipywidgets.Button) if button.description == "reset").click()
     assert repr(lab) == start
 
 
@@ -120,14 +171,54 @@ def test_reset_brings_back_the_start():
         ("mask", [[1, 1], [0, 1]]),
         ("mask", [[1, 1, 2, 1], [1, 1, 1, 1]]),
         ("mask", [[1, 1, 0.5, 1], [1, 1, 1, 1]]),
+        ("mask", None),
+        ("mask", "1101 1111"),
+        ("log_probs", [[-1.0, -1.0, -1.0, 0.5]] * 2),
+        ("log_probs", [[-1.0, -1.0, -1.0, float("nan")]] * 2),
+        ("log_probs", None),
     ],
 )
 def test_a_wrong_setting_is_refused_and_changes_nothing(name, value):
     lab = StepLab()
     before = repr(lab)
-    with pytest.raises(traitlets.TraitError, match=r"mask|rule|gradient_accumulation_steps|normalize_constant"):
+    with pytest.raises(traitlets.TraitError, match=name):
         setattr(lab, name, value)
     assert repr(lab) == before
+
+
+LABS = {
+    "StepLab": (StepLab, "G=5 c=2.5 rule=sequence_mean mask=1001/0110 logp=-1,-2,-3,-4/-0.5,-0.25,-7,0"),
+    "MaskLab": (MaskLab, "mask=010000000000000011111/000011000000000000001"),
+    "AccumulationLab": (AccumulationLab, "N=16 G=5 rule=microbatch_token_mean imbalance=1 played=3"),
+    "ScalingLab": (ScalingLab, "G=3 imbalance=0.9 max_norm=2.5"),
+}
+
+
+@pytest.mark.parametrize(("kind", "text"), LABS.values(), ids=LABS)
+def test_a_state_can_be_handed_on(kind, text):
+    lab = kind.from_state(text)
+    assert lab.state == text
+    assert repr(kind.from_state(lab.state)) == repr(lab)
+    box = find(lab, ipywidgets.Text)[0]
+    assert box.value == text
+    lab.reset()
+    assert lab.state == text
+    other = kind()
+    find(other, ipywidgets.Text)[0].value = text
+    assert repr(other) == repr(lab)
+
+
+@pytest.mark.parametrize(("kind", "text"), LABS.values(), ids=LABS)
+@pytest.mark.parametrize("bad", ["nonsense", "Q=1", "mask=12/x", "G=four", "imbalance=7", "mask=1"])
+def test_a_bad_state_is_refused_in_words_and_changes_nothing(kind, text, bad):
+    lab = kind()
+    before = repr(lab)
+    with pytest.raises((ValueError, traitlets.TraitError)):
+        lab.state = bad
+    assert repr(lab) == before
+    find(lab, ipywidgets.Text)[0].value = bad
+    assert repr(lab) == before
+    assert "got" in lab._complaint.value
 
 
 def test_the_lab_never_touches_the_log_probs_it_is_given():
@@ -138,28 +229,51 @@ def test_the_lab_never_touches_the_log_probs_it_is_given():
     assert log_probs.equal(torch.full((2, 4), -1.0))
 
 
-def test_a_callback_works_on_another_thread_and_where_gradients_are_off():
+def test_a_callback_works_whatever_grad_mode_and_device_its_thread_has():
     lab = StepLab()
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("meta"):
         lab.gradient_accumulation_steps = 4
+    assert lab.gradient.equal(-MASK / 16)
+
+
+def test_eight_threads_at_once_leave_controls_settings_and_gradient_in_step():
+    lab = StepLab()
     failures = []
-    threads = [
-        threading.Thread(target=_drive, args=(lab, steps, failures), name=f"drive-{steps}") for steps in (3, 5, 7, 9)
-    ]
+
+    def drive(steps):
+        try:
+            for turn in range(25):
+                lab.gradient_accumulation_steps = steps + turn % 3
+                lab.mask = torch.roll(MASK, turn, 1)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=drive, args=(steps,)) for steps in range(1, 9)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert failures == []
     torch.testing.assert_close(lab.gradient, expected_gradient(lab), rtol=1e-6, atol=0)
+    assert find(lab, ipywidgets.IntSlider)[0].value == lab.gradient_accumulation_steps
+    assert find(lab, TokenMask)[0].mask == lab.mask
 
 
-def _drive(lab, steps, failures):
-    try:
-        for _ in range(3):
-            lab.gradient_accumulation_steps = steps
-    except Exception as error:
-        failures.append(error)
+def test_a_hand_waits_while_code_changes_the_lab():
+    lab, order = StepLab(), []
+
+    def paint():
+        find(lab, TokenMask)[0].mask = MASK * 0
+        order.append("hand")
+
+    with lab._lock:
+        hand = threading.Thread(target=paint)
+        hand.start()
+        hand.join(0.2)
+        order.append("code")
+    hand.join()
+    assert order == ["code", "hand"]
+    assert lab.num_tokens == 0
 
 
 def test_the_mask_lab_opens_on_the_correct_mask_of_real_sentences():
@@ -173,7 +287,7 @@ def test_the_mask_lab_opens_on_the_correct_mask_of_real_sentences():
 def test_each_preset_of_the_mask_lab_trains_on_what_it_says(preset):
     lab = MaskLab(["ab"], ["cd"])
     lab.preset = preset
-    assert find(lab, ipywidgets.Dropdown)[0].value == preset
+    assert lab.preset == find(lab, ipywidgets.Dropdown)[0].value == preset
     correct = torch.tensor([[0, 1, 1, 1]], dtype=torch.bool)  # labels: b c d eos
     assert torch.tensor(lab.mask).bool().equal(PRESETS[preset].make(correct))
     torch.testing.assert_close(lab.gradient, expected_gradient(lab))
@@ -186,25 +300,106 @@ def test_each_preset_of_the_mask_lab_trains_on_what_it_says(preset):
 
 def test_a_mask_painted_by_hand_is_called_so_and_a_preset_painted_by_hand_is_recognised():
     lab = MaskLab(["ab"], ["cd"])
-    lab.mask = [[1, 0, 0, 1]]
-    assert lab.preset == "painted by hand"
-    assert "A mask of your own." in lab._view.alt
+    find(lab, TokenMask)[0].mask = [[1, 0, 0, 1]]
+    assert lab.preset == find(lab, ipywidgets.Dropdown)[0].value == "painted by hand"
+    assert "A mask of your own." in find(lab, StageChain)[0].words
     lab.mask = [[0, 1, 1, 0]]
     assert lab.preset == "eos missing"
+    lab.preset = "painted by hand"
+    assert lab.preset == find(lab, ipywidgets.Dropdown)[0].value == "eos missing"
     lab.reset()
     assert lab.preset == "correct"
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_accumulation_lab_shows_what_accumulate_computes(rule):
+    lab = AccumulationLab(8, 3, rule, imbalance=0.7)
+    model = TinyLM(d_model=16, num_layers=1, num_heads=2, context_length=256).double()
+    batch = ragged_minibatch(8, 0.7)
+    result = accumulate(model, split_minibatch(batch, 3), rule=rule, keep_running=True)
+    reference = full_batch_gradient(model, batch)
+    for played, gradient in enumerate(result.running, start=1):
+        lab.played = played
+        expected = compare(gradient, reference)
+        assert (lab.ratio, lab.cosine) == (expected.ratio, expected.cosine)
+        assert find(lab, Bars)[0].rows[0]["value"] == expected.ratio
+    lab.played = 0
+    assert lab.ratio == 0
+    assert lab.microbatch_bytes * 3 > lab.full_batch_bytes > lab.microbatch_bytes * 2
+    is_equal = "together give the gradient of the full batch" in AccumulationLab(8, 3, rule).words()
+    assert is_equal == (rule == "token_mean")
+
+
+def test_the_accumulation_lab_keeps_its_settings_possible():
+    lab = AccumulationLab(32, 32)
+    lab.num_sequences = 8
+    assert (lab.gradient_accumulation_steps, lab.played) == (8, 8)
+    lab.gradient_accumulation_steps = 2
+    assert lab.played == 2
+    assert {slider.max for slider in find(lab, ipywidgets.Play)} == {2}
+
+
+def test_the_scaling_lab_tells_length_from_direction():
+    lab = ScalingLab(4, 1.0)
+    cosines = {rule: result["comparison"].cosine for rule, result in lab.results.items()}
+    assert [rule for rule, cosine in cosines.items() if cosine < 0.99] == ["microbatch_token_mean"]
+    ratios = {rule: result["comparison"].ratio for rule, result in lab.results.items()}
+    assert ratios["token_mean"] == pytest.approx(1, abs=1e-12)
+    assert ratios["microbatch_mean"] / ratios["notes"] == pytest.approx(4, abs=1e-12)
+    assert {row["label"]: row["value"] for row in find(lab, Bars)[0].rows} == ratios
+    assert "reached by token_mean;" in lab.words()
+    lab.imbalance = 0
+    assert "reached by microbatch_token_mean and token_mean;" in lab.words()
+
+
+@pytest.mark.parametrize(("kind", "text"), LABS.values(), ids=LABS)
+def test_every_lab_can_be_saved_as_png_and_svg(kind, text, tmp_path):
+    save = find(kind.from_state(text), SavePicture)[0]
+    assert save.to_file(tmp_path / "lab.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in save.to_file(tmp_path / "lab.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", [StepLab, MaskLab, AccumulationLab, ScalingLab, Prediction])
+def test_a_closed_lab_is_let_go(kind):
+    lab = kind("Which?", ["1"], "1", "") if kind is Prediction else kind()
+    reference = weakref.ref(lab)
+    close(lab)
+    del lab
+    gc.collect()
+    assert reference() is None
+
+
+def close(widget):
+    for child in getattr(widget, "children", ()):
+        close(child)
+    widget.close()
+
+
+class OneToken:
+    """A tokenizer whose only token is a hostile text."""
+
+    pad_token_id, eos_token_id = 1, 2
+
+    def encode(self, text, *, add_special_tokens=True):
+        return [0] * len(text)
+
+    def decode(self, token_ids):
+        return "<img src=x onerror=alert(1)>" * len(token_ids)
+
+
 def test_hostile_text_enters_a_lab_only_as_text():
-    hostile = "<img src=x onerror=alert(1)>"
-    lab = MaskLab([hostile], [hostile])
+    lab = MaskLab(["ab"], ["cd"], model=lambda ids: torch.zeros(*ids.shape, 3), tokenizer=OneToken())
     lab.preset = "all masked"
-    for html in find(lab, ipywidgets.HTML):
-        assert "<i" not in html.value
+    prediction = Prediction("<img src=x>", ["<i>1</i>"], "<i>1</i>", "<script>")
+    prediction.choice = "<i>1</i>"
+    prediction.reveal()
+    assert "<img" in lab.words()
+    for html in [*find(lab, ipywidgets.HTML), *find(prediction, ipywidgets.HTML)]:
+        assert not set(re.findall(r"<(\w+)", html.value)) - {"b", "p", "small", "span"}
 
 
 def test_the_mime_bundle_has_the_whole_text_the_picture_and_the_widget():
-    for widget in (StepLab(), show_step(_traced())):
+    for widget in (StepLab(), AccumulationLab(), ScalingLab(), show_step(_traced())):
         bundle = widget._repr_mimebundle_()
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         assert data["text/plain"] == repr(widget)

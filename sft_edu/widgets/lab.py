@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from sft_edu.widgets import state
 from sft_edu.widgets.figure import png_of, with_text_and_picture
+from sft_edu.widgets.keyboard import KeyboardGuard
 from sft_edu.widgets.save_picture import SavePicture
 
 
@@ -46,7 +47,7 @@ class Lab(ipywidgets.VBox):
         self._complaint = ipywidgets.HTML()
         save = SavePicture(self.figure, name=type(self).__name__, description=lambda: repr(self))
         footer = ipywidgets.HBox([self._state_box, save], layout={"flex_flow": "row wrap"})
-        self.children = [controls, *views, footer, self._complaint]
+        self.children = [controls, *views, footer, self._complaint, KeyboardGuard()]
         self.observe(self._changed, [trait for trait, _ in self.SETTINGS.values()])
         self.reset()
 

@@ -28,8 +28,9 @@ class MicrobatchLab(Lab):
     gradient_accumulation_steps = traitlets.Int(1, min=1, max=32)
     normalize_constant = traitlets.Float(1.0)
     rule = traitlets.Unicode("notes")
-    mask = traitlets.Any()
-    log_probs = traitlets.Any()
+    # Not Any: that would let None pass without a check.
+    mask = traitlets.TraitType(())
+    log_probs = traitlets.TraitType(())
 
     def __init__(
         self, log_probs: torch.Tensor, mask: torch.Tensor, tokens: Sequence[Sequence[str]] | None, **settings: object
@@ -126,7 +127,7 @@ class MicrobatchLab(Lab):
         """The chosen stage in full or, without one, the gradient of the token in focus as a product."""
         chosen = {row.name: row for row in self._trace.rows()}.get(self._chain.selected)
         if chosen is None:
-            return [f"Gradient of token {list(self._token_mask.focused)}", self._product()]
+            return [f"Gradient of token {list(self._token_mask.focused)}, the one in focus:", self._product()]
         lines = [f"{chosen.name}, in symbols {chosen.symbol}", chosen.formula]
         if chosen.gradient is not None:
             lines.append(f"its gradient, d scaled_loss / d {chosen.name}: {fixed(chosen.gradient.item())}")
@@ -146,7 +147,7 @@ def as_matrix(tensor: torch.Tensor) -> Matrix:
 def _tensor(name: str, value: object, shape: torch.Size, expected: str) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise traitlets.TraitError(f"{name}: got {value!r}; expected {list(shape)} values {expected}") from error
     if tensor.shape != shape:
         raise traitlets.TraitError(f"{name}: got shape {list(tensor.shape)}; expected {list(shape)}")

@@ -8,6 +8,7 @@ from html import escape
 import ipywidgets
 
 from sft_edu.widgets.figure import with_text_and_picture
+from sft_edu.widgets.keyboard import KeyboardGuard
 
 
 class Prediction(ipywidgets.VBox):
@@ -33,7 +34,7 @@ class Prediction(ipywidgets.VBox):
         self._choice.observe(self._enable, "value")
         self._button.on_click(lambda _: self.reveal())
         title = ipywidgets.HTML(f"<b>Predict.</b> {escape(question)}")
-        super().__init__([title, self._choice, self._button, self._verdict])
+        super().__init__([title, self._choice, self._button, self._verdict, KeyboardGuard()])
 
     @property
     def choice(self) -> str | None:

@@ -22,6 +22,7 @@ from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.lab import Lab, between, labelled
 
 _SEQUENCES = 8
+_CELL = 'style="text-align: left; padding: 2px 18px 2px 0; white-space: nowrap"'
 _COLUMNS = ("rule", "D", "length", "cosine", "logged loss", "SGD lr", "AdamW step", "clipped")
 
 
@@ -96,8 +97,8 @@ class ScalingLab(Lab):
             self._bars.rows = self._rows()
             self._bars.words = self.words()
             self._bars.drawn = self._drawn
-        cells = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in self._lines()]
-        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in _COLUMNS)
+        cells = [f"<tr>{''.join(f'<td {_CELL}>{escape(cell)}</td>' for cell in line)}</tr>" for line in self._lines()]
+        head = "".join(f'<th scope="col" {_CELL}>{escape(name)}</th>' for name in _COLUMNS)
         self._table.value = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
 
     def _rows(self) -> list[dict]:

@@ -106,7 +106,8 @@ function render({ model, el }) {
   function drawDetail() {
     // Until the kernel has heard of a selection, its detail is that of another stage.
     const selected = model.get("selected");
-    const shown = names.includes(selected) && model.get("_answered") === selected ? model.get("detail") : [];
+    const answered = selected === "" || (names.includes(selected) && model.get("_answered") === selected);
+    const shown = answered ? model.get("detail") : [];
     if (shown.length !== lines.length) {
       lines = shown.map(() => make("div", "sft-edu-chain-line"));
       body.replaceChildren(...lines);

@@ -86,10 +86,10 @@ class StepLab(MicrobatchLab):
 
     def _make(self) -> list[ipywidgets.Widget]:
         views = super()._make()
-        steps = labelled("G", "gradient_accumulation_steps", "230px")
+        steps = labelled("G", "gradient_accumulation_steps", "190px")
         constant = labelled("c", "normalize_constant", "90px")
-        rule = labelled("rule", "the denominator", "210px")
-        log_prob = labelled("log p", "the log-prob of the token in focus", "230px")
+        rule = labelled("rule", "the denominator", "200px")
+        log_prob = labelled("log p", "the log-prob of the token in focus", "190px")
         self._control("gradient_accumulation_steps", ipywidgets.IntSlider(min=1, max=32, **steps))
         self._control("normalize_constant", ipywidgets.BoundedFloatText(min=0.1, max=100, step=0.5, **constant))
         self._control("rule", ipywidgets.Dropdown(options=list(RULES), **rule))
