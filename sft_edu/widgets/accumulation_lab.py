@@ -186,7 +186,7 @@ class AccumulationLab(Lab):
         return [
             f"Response tokens per microbatch: {tokens}.",
             f"Against the full batch: length {self.ratio:.4f}x, cosine {self.cosine:.4f}.",
-            f"Held for backward: {self.microbatch_bytes / self.full_batch_bytes:.2f} of what the full batch would hold.",
+            f"Held for backward: {self.microbatch_bytes / self.full_batch_bytes:.2f} of what the full batch holds.",
         ]
 
     def words(self) -> str:
