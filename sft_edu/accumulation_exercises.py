@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from sft_edu.accumulate import compare, full_batch_gradient, ragged_minibatch, split_minibatch
+from sft_edu.accumulate import compare, full_batch_gradient, split_minibatch
 from sft_edu.exercises import _NOT_STARTED, Verdict, _call, _close
 from sft_edu.model import TinyLM
+from sft_edu.ragged import ragged_minibatch
 from sft_edu.scaling import RULES
 
 _SIZES = (3, 1, 2)  # no two microbatches agree in sequences or in response tokens

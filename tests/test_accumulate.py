@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sft_edu import RULES, ByteTokenizer, TinyLM, accumulate, compare, full_batch_gradient, split_minibatch
-from sft_edu.accumulate import ragged_minibatch
+from sft_edu.ragged import ragged_minibatch
 
 EXACT = {torch.float64: 1e-14, torch.float32: 2e-6}
 

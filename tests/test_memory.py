@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sft_edu import TinyLM, accumulate, get_response_log_probs, saved_bytes, sft_microbatch_train_step, split_minibatch
-from sft_edu.accumulate import ragged_minibatch
 from sft_edu.memory import SavedForBackward, graph_nodes, retained_bytes
+from sft_edu.ragged import ragged_minibatch
 
 MODEL, BATCH = TinyLM(), ragged_minibatch(16, imbalance=0.0)  # 55 tokens, 24 of them response
 

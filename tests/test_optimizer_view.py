@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sft_edu import TinyLM, accumulate, compare, split_minibatch
-from sft_edu.accumulate import ragged_minibatch
 from sft_edu.optimizer_view import clip, clips, first_adamw_update, learning_rate_factor, optimizer_view
+from sft_edu.ragged import ragged_minibatch
 
 G, C = 8, 24.0
 

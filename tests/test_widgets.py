@@ -23,9 +23,9 @@ from sft_edu import (
     sft_microbatch_train_step,
     split_minibatch,
 )
-from sft_edu.accumulate import ragged_minibatch
 from sft_edu.digits import fixed
 from sft_edu.masks import PRESETS
+from sft_edu.ragged import ragged_minibatch
 from sft_edu.widgets import (
     AccumulationLab,
     Bars,

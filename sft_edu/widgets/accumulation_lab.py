@@ -16,13 +16,13 @@ from sft_edu.accumulate import (
     accumulate,
     compare,
     full_batch_gradient,
-    ragged_minibatch,
     split_minibatch,
 )
 from sft_edu.log_probs import get_response_log_probs
 from sft_edu.memory import saved_bytes
 from sft_edu.model import TinyLM
 from sft_edu.plots import bar_figure
+from sft_edu.ragged import ragged_minibatch
 from sft_edu.scaling import RULES
 from sft_edu.widgets import state
 from sft_edu.widgets.bars import Bars

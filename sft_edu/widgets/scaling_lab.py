@@ -11,11 +11,12 @@ import torch
 import traitlets
 from matplotlib.figure import Figure
 
-from sft_edu.accumulate import Accumulation, accumulate, compare, full_batch_gradient, ragged_minibatch, split_minibatch
+from sft_edu.accumulate import Accumulation, accumulate, compare, full_batch_gradient, split_minibatch
 from sft_edu.digits import fixed
 from sft_edu.model import TinyLM
 from sft_edu.optimizer_view import optimizer_view
 from sft_edu.plots import bar_figure
+from sft_edu.ragged import ragged_minibatch
 from sft_edu.scaling import RULES
 from sft_edu.widgets import state
 from sft_edu.widgets.bars import Bars
