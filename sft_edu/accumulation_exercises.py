@@ -137,7 +137,10 @@ def _missing_microbatch(gradient: torch.Tensor, sums: torch.Tensor) -> str:
 def _by_direction(gradient: torch.Tensor, expected: torch.Tensor) -> str:
     found = compare(gradient, expected)
     if found.cosine > 1 - 1e-12:
-        return f"The direction is right, but the gradient is {found.ratio:.4g} times as long as the full batch's."
+        return (
+            f"The direction is right, but the gradient is {found.ratio:.4g} times as long as the full batch's. The "
+            "check has a minibatch of its own: count its microbatches and its response tokens."
+        )
     return (
         f"The gradient is {found.relative_error:.0%} off the full batch's. Sum -log p over the response tokens of each "
         "microbatch, and divide by the response tokens of all microbatches."

@@ -51,11 +51,11 @@ class AccumulationLab(Lab):
         "played": ("played", state.INTEGER),
     }
 
-    num_sequences = traitlets.Int(8, min=8, max=32)
-    gradient_accumulation_steps = traitlets.Int(4, min=1, max=32)
+    num_sequences = traitlets.Int(8)
+    gradient_accumulation_steps = traitlets.Int(4)
     rule = traitlets.Unicode("token_mean")
     imbalance = traitlets.Float(0.5)
-    played = traitlets.Int(4, min=0, max=32)
+    played = traitlets.Int(4)
 
     def __init__(
         self,
@@ -97,12 +97,18 @@ class AccumulationLab(Lab):
     def _check_rule(self, proposal) -> str:
         return one_of("rule", proposal["value"], RULES)
 
+    @traitlets.validate("num_sequences", "gradient_accumulation_steps", "played")
+    def _check_count(self, proposal) -> int:
+        name = proposal["trait"].name
+        low = {"num_sequences": 8, "gradient_accumulation_steps": 1, "played": 0}[name]
+        return between(name, proposal["value"], low, 32)
+
     @traitlets.validate("imbalance")
     def _check_imbalance(self, proposal) -> float:
         return between("imbalance", proposal["value"], 0, 1)
 
     def _make(self) -> list[ipywidgets.Widget]:
-        sequences = ipywidgets.IntSlider(min=8, max=32, step=8, **labelled("sequences", "of the minibatch", "220px"))
+        sequences = ipywidgets.IntSlider(min=8, max=32, **labelled("sequences", "of the minibatch", "220px"))
         steps = ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "220px"))
         rule = ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "220px"))
         ragged = ipywidgets.FloatSlider(min=0, max=1, step=0.1, **labelled("imbalance", "of response lengths", "230px"))

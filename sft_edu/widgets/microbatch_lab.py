@@ -14,7 +14,7 @@ from sft_edu.masks import token_roles
 from sft_edu.plots import StepPicture
 from sft_edu.step import sft_microbatch_train_step
 from sft_edu.trace import Trace, explain_gradient
-from sft_edu.widgets.lab import Lab
+from sft_edu.widgets.lab import Lab, between
 from sft_edu.widgets.stage_chain import StageChain
 from sft_edu.widgets.step_view import describe, draw, stages
 from sft_edu.widgets.token_mask import TokenMask
@@ -25,7 +25,7 @@ Matrix = tuple[tuple[float, ...], ...]
 class MicrobatchLab(Lab):
     """A lab with one microbatch `[B, T]`. Subclasses add controls and words."""
 
-    gradient_accumulation_steps = traitlets.Int(1, min=1, max=32)
+    gradient_accumulation_steps = traitlets.Int(1)
     normalize_constant = traitlets.Float(1.0)
     rule = traitlets.Unicode("notes")
     # Not Any: that would let None pass without a check.
@@ -76,6 +76,10 @@ class MicrobatchLab(Lab):
         """What stands on the tokens: their text or, where there is none, their log-prob."""
         return self._tokens or [[f"{value:.1f}" for value in row] for row in log_probs]
 
+    @traitlets.validate("gradient_accumulation_steps")
+    def _check_steps(self, proposal) -> int:
+        return between("gradient_accumulation_steps", proposal["value"], 1, 32)
+
     @traitlets.validate("mask")
     def _check_mask(self, proposal) -> Matrix:
         mask = _tensor("mask", proposal["value"], self._shape, "0 or 1")
@@ -120,8 +124,11 @@ class MicrobatchLab(Lab):
 
     def _explain(self, change) -> None:
         with self._lock:
-            if not self._writing:
-                self._chain.detail = self._detail()
+            if self._writing:
+                return
+            if change["name"] == "focused":
+                self._chain.selected = ""  # who goes to a token wants to read about the token
+            self._chain.detail = self._detail()
 
     def _detail(self) -> list[str]:
         """The chosen stage in full or, without one, the gradient of the token in focus as a product."""

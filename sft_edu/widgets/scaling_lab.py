@@ -45,7 +45,7 @@ class ScalingLab(Lab):
         "max_norm": ("max_norm", state.NUMBER),
     }
 
-    gradient_accumulation_steps = traitlets.Int(4, min=1, max=_SEQUENCES)
+    gradient_accumulation_steps = traitlets.Int(4)
     imbalance = traitlets.Float(0.5)
     max_norm = traitlets.Float(1.0)
 
@@ -53,6 +53,10 @@ class ScalingLab(Lab):
         super().__init__(
             gradient_accumulation_steps=gradient_accumulation_steps, imbalance=imbalance, max_norm=max_norm
         )
+
+    @traitlets.validate("gradient_accumulation_steps")
+    def _check_steps(self, proposal) -> int:
+        return between("gradient_accumulation_steps", proposal["value"], 1, _SEQUENCES)
 
     @traitlets.validate("imbalance")
     def _check_imbalance(self, proposal) -> float:
@@ -70,7 +74,7 @@ class ScalingLab(Lab):
         self._control("imbalance", ipywidgets.FloatSlider(min=0, max=1, step=0.1, **ragged))
         self._control("max_norm", ipywidgets.BoundedFloatText(min=0.01, max=100, step=0.5, **norm))
         self._bars = Bars(
-            title="length of the accumulated gradient, full-batch token mean = 1",
+            title="length of the accumulated gradient, full-batch token mean = 1 (logarithmic)",
             limits=[0.1, 1000],
             log=True,
             reference=1,
@@ -100,7 +104,8 @@ class ScalingLab(Lab):
             self._bars.drawn = self._drawn
         cells = [f"<tr>{''.join(f'<td {_CELL}>{escape(cell)}</td>' for cell in line)}</tr>" for line in self._lines()]
         head = "".join(f'<th scope="col" {_CELL}>{escape(name)}</th>' for name in _COLUMNS)
-        self._table.value = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
+        self._table.value = f'<div style="overflow-x: auto">{table}</div>'
 
     def _rows(self) -> list[dict]:
         return [

@@ -24,6 +24,8 @@ def _write_mask(mask: Matrix) -> str:
 
 
 def _read_mask(text: str) -> Matrix:
+    if set(text) - set("01/"):
+        raise ValueError("rows of 0 and 1 with / between them are expected")
     return tuple(tuple(int(value) for value in row) for row in text.split("/"))
 
 

@@ -117,4 +117,4 @@ class StepLab(MicrobatchLab):
             f"Each of the {self.num_tokens} response tokens gets the gradient {fixed(token_gradient(self._trace))} = "
             f"-1 / ({rule.formula}), where {rule.formula} = {float(rule.denominator(counts)):g}. "
             "Every other token gets exactly 0."
-        )
+        ).removesuffix("" if self.num_tokens < self.gradient.numel() else " Every other token gets exactly 0.")
