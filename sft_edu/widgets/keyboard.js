@@ -1,5 +1,20 @@
 // JupyterLab listens to single keys everywhere: an arrow on a radio button would move to the next cell. Elements with
 // this attribute keep their keys to themselves; it works on the element alone, not on an ancestor.
+//
+// ipywidgets leaves some controls without a name for a screen reader: the handle of a slider gets the label before it,
+// a button of icons the name of its icon.
+const ICONS = { "fa-play": "play or pause", "fa-stop": "stop", "fa-retweet": "repeat" };
+
+function nameOf(element) {
+  if (element.matches(".noUi-handle")) {
+    return element.closest(".widget-inline-hbox, .widget-inline-vbox")?.querySelector(".widget-label")?.textContent;
+  }
+  if (element.matches(".jupyter-button") && !element.textContent.trim() && !element.title) {
+    const icon = element.querySelector(".fa");
+    return Object.entries(ICONS).find(([name]) => icon?.classList.contains(name))?.[1];
+  }
+}
+
 function render({ el }) {
   const observer = new MutationObserver(protect);
   let frame = requestAnimationFrame(attach);
@@ -18,6 +33,8 @@ function render({ el }) {
     for (const { target } of changes) {
       for (const element of target.querySelectorAll("button, input, select, [tabindex]")) {
         element.dataset.lmSuppressShortcuts = "true";
+        const name = nameOf(element);
+        if (name && element.getAttribute("aria-label") !== name) element.setAttribute("aria-label", name);
       }
     }
   }
