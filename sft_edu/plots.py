@@ -57,7 +57,6 @@ class StepPicture:
         self._gradient = _Cells(
             place(*second, width, grid), roles, tokens, "gradient of scaled_loss with respect to policy_log_probs"
         )
-        self.shape = (rows, columns)
 
     def update(self, steps: Mapping[str, tuple[str, str]], log_probs: Matrix, mask: Matrix, gradient: Matrix) -> None:
         """Show other numbers.

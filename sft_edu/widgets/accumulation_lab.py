@@ -10,21 +10,12 @@ import torch
 import traitlets
 from matplotlib.figure import Figure
 
-from sft_edu.accumulate import (
-    Accumulation,
-    Batch,
-    accumulate,
-    compare,
-    full_batch_gradient,
-    split_minibatch,
-)
+from sft_edu.accumulate import compare, split_minibatch
 from sft_edu.log_probs import get_response_log_probs
 from sft_edu.memory import saved_bytes
-from sft_edu.model import TinyLM
 from sft_edu.plots import bar_figure
-from sft_edu.ragged import ragged_minibatch
 from sft_edu.scaling import RULES
-from sft_edu.widgets import state
+from sft_edu.widgets import experiments, state
 from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.lab import Lab, between, labelled, one_of
 
@@ -131,8 +122,10 @@ class AccumulationLab(Lab):
         for name in ("played", "played_by_play"):
             self._controls[name].max = self.gradient_accumulation_steps
         self._controls["gradient_accumulation_steps"].max = self.num_sequences
-        self._reference = _reference(self.num_sequences, self.imbalance)
-        self._result = _accumulated(self.num_sequences, self.imbalance, self.gradient_accumulation_steps, self.rule)
+        self._reference = experiments.reference(self.num_sequences, self.imbalance)
+        self._result = experiments.accumulated(
+            self.num_sequences, self.imbalance, self.gradient_accumulation_steps, self.rule, keep_running=True
+        )
         zero = torch.zeros_like(self._reference)
         so_far = (zero, *self._result.running)[self.played]
         self._comparison, self._finished = (
@@ -214,28 +207,7 @@ def _row(label: str, value: float, text: str, colour: str, note: str) -> dict:
     return {"label": label, "value": value, "text": text, "colour": colour, "note": note}
 
 
-@lru_cache(maxsize=1)
-def _model() -> TinyLM:
-    return TinyLM(d_model=16, num_layers=1, num_heads=2, context_length=256).double()
-
-
-@lru_cache(maxsize=8)
-def _batch(num_sequences: int, imbalance: float) -> Batch:
-    return ragged_minibatch(num_sequences, imbalance)
-
-
-@lru_cache(maxsize=8)
-def _reference(num_sequences: int, imbalance: float) -> torch.Tensor:
-    return full_batch_gradient(_model(), _batch(num_sequences, imbalance))
-
-
-@lru_cache(maxsize=32)
-def _accumulated(num_sequences: int, imbalance: float, steps: int, rule: str) -> Accumulation:
-    microbatches = split_minibatch(_batch(num_sequences, imbalance), steps)
-    return accumulate(_model(), microbatches, rule=rule, keep_running=True)
-
-
 @lru_cache(maxsize=64)
 def _held(num_sequences: int, imbalance: float, steps: int) -> int:
-    model, largest = _model(), split_minibatch(_batch(num_sequences, imbalance), steps)[0]
+    model, largest = experiments.model(), split_minibatch(experiments.minibatch(num_sequences, imbalance), steps)[0]
     return saved_bytes(lambda: get_response_log_probs(model, largest["input_ids"], largest["labels"]), model, largest)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from html import escape
 from typing import ClassVar
 
 import ipywidgets
-import torch
 import traitlets
 from matplotlib.figure import Figure
 
-from sft_edu.accumulate import Accumulation, accumulate, compare, full_batch_gradient, split_minibatch
+from sft_edu.accumulate import compare
 from sft_edu.digits import fixed
-from sft_edu.model import TinyLM
 from sft_edu.optimizer_view import optimizer_view
 from sft_edu.plots import bar_figure
-from sft_edu.ragged import ragged_minibatch
 from sft_edu.scaling import RULES
-from sft_edu.widgets import state
+from sft_edu.widgets import experiments, state
 from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.lab import Lab, between, labelled
 
@@ -84,18 +80,20 @@ class ScalingLab(Lab):
         return [self._bars, self._table]
 
     def _compute(self) -> None:
-        reference = _reference(self.imbalance)
+        reference = experiments.reference(_SEQUENCES, self.imbalance)
+        runs = {
+            rule: experiments.accumulated(_SEQUENCES, self.imbalance, self.gradient_accumulation_steps, rule)
+            for rule in RULES
+        }
+        self._tokens = runs["token_mean"].num_tokens.tolist()
         self.results = {
             rule: {
-                "comparison": compare(accumulated.gradient, reference),
-                "optimizer": optimizer_view(accumulated.gradient, reference, max_norm=self.max_norm),
-                "logged": accumulated.logged_loss.item(),
+                "comparison": compare(run.gradient, reference),
+                "optimizer": optimizer_view(run.gradient, reference, max_norm=self.max_norm),
+                "logged": run.logged_loss.item(),
             }
-            for rule in RULES
-            for accumulated in [_accumulated(self.imbalance, self.gradient_accumulation_steps, rule)]
+            for rule, run in runs.items()
         }
-        tokens = [_accumulated(self.imbalance, self.gradient_accumulation_steps, "token_mean").num_tokens.tolist()]
-        self._tokens = tokens[0]
 
     def _show(self) -> None:
         with self._bars.hold_sync():
@@ -154,18 +152,3 @@ class ScalingLab(Lab):
             f"With {tokens} response tokens in the microbatches, the gradient of the full batch is reached by "
             f"{' and '.join(exact) or 'no rule'}; its direction by {' and '.join(aligned) or 'no rule'}."
         )
-
-
-@lru_cache(maxsize=1)
-def _model() -> TinyLM:
-    return TinyLM(d_model=16, num_layers=1, num_heads=2, context_length=256).double()
-
-
-@lru_cache(maxsize=16)
-def _reference(imbalance: float) -> torch.Tensor:
-    return full_batch_gradient(_model(), ragged_minibatch(_SEQUENCES, imbalance))
-
-
-@lru_cache(maxsize=256)
-def _accumulated(imbalance: float, steps: int, rule: str) -> Accumulation:
-    return accumulate(_model(), split_minibatch(ragged_minibatch(_SEQUENCES, imbalance), steps), rule=rule)

@@ -113,8 +113,8 @@ class StepLab(MicrobatchLab):
         rule, counts = self._trace["scaling"]
         if not self.num_tokens:
             return "The mask is 0 everywhere: loss and gradient are exactly 0."
-        return (
+        words = (
             f"Each of the {self.num_tokens} response tokens gets the gradient {fixed(token_gradient(self._trace))} = "
-            f"-1 / ({rule.formula}), where {rule.formula} = {float(rule.denominator(counts)):g}. "
-            "Every other token gets exactly 0."
-        ).removesuffix("" if self.num_tokens < self.gradient.numel() else " Every other token gets exactly 0.")
+            f"-1 / ({rule.formula}), where {rule.formula} = {float(rule.denominator(counts)):g}."
+        )
+        return words if self.num_tokens == self.gradient.numel() else f"{words} Every other token gets exactly 0."
