@@ -330,6 +330,12 @@ def test_the_accumulation_lab_shows_what_accumulate_computes(rule):
     assert is_equal == (rule == "token_mean")
 
 
+def test_one_microbatch_is_not_said_to_save_memory():
+    lab = AccumulationLab(8, 1)
+    assert lab.microbatch_bytes == lab.full_batch_bytes
+    assert lab.words() == "One microbatch is the full batch: the same gradient, and the same memory."
+
+
 def test_the_accumulation_lab_keeps_its_settings_possible():
     lab = AccumulationLab(32, 32)
     lab.num_sequences = 8

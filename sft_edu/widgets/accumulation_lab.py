@@ -192,6 +192,8 @@ class AccumulationLab(Lab):
         steps, error = self.gradient_accumulation_steps, self._finished.relative_error
         if self.played < steps:
             return f"{self.played} of {steps} microbatches have added their share. The optimizer waits for all of them."
+        if error < 1e-12 and steps == 1:
+            return "One microbatch is the full batch: the same gradient, and the same memory."
         if error < 1e-12:
             return (
                 f"All {steps} microbatches together give the gradient of the full batch, and each needed less memory."
