@@ -59,5 +59,5 @@ def test_requirements_can_be_met(tmp_path: Path):
 def test_post_build_installs_the_settings(tmp_path: Path):
     environment = os.environ | {"NB_PYTHON_PREFIX": str(tmp_path)}
     subprocess.run(["./binder/postBuild"], cwd=ROOT, env=environment, check=True)
-    installed = tmp_path / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
-    assert installed.read_text() == (ROOT / "binder" / "overrides.json").read_text()
+    for folder, name in [("share/jupyter/lab/settings", "overrides.json"), ("etc/jupyter", "jupyter_server_config.py")]:
+        assert (tmp_path / folder / name).read_text() == (ROOT / "binder" / name).read_text()

@@ -76,6 +76,7 @@ def test_first_lab_installs_and_opens_the_first_lesson(checkout: Checkout):
     assert "/lab/tree/notebooks/00_start_here.ipynb" in lab
     assert lab.endswith("--port 8899")
     assert (checkout.folder / ".venv/share/jupyter/lab/settings/overrides.json").exists()
+    assert (checkout.folder / ".venv/etc/jupyter/jupyter_server_config.py").exists()
 
 
 def test_second_lab_installs_nothing(checkout: Checkout):

@@ -53,4 +53,6 @@ echo "Installing sft_edu[$extra] into $venv (PyTorch is large: this can take som
 settings=$venv/share/jupyter/lab/settings
 mkdir -p "$settings"
 cp binder/overrides.json "$settings/"
+mkdir -p "$venv/etc/jupyter"
+cp binder/jupyter_server_config.py "$venv/etc/jupyter/"
 rm "$mark"

@@ -156,10 +156,10 @@ class Lab(ipywidgets.VBox):
             with torch.enable_grad(), torch.device("cpu"):
                 self._compute()
             self._drawn += 1
+            self._show()  # first: what the hand waits for
             for trait, control in self._controls.items():
                 control.value = getattr(self, trait)
             self._state_box.value, self._complaint.value = self.state, ""
-            self._show()
         finally:
             self._writing = False
 

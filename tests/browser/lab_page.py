@@ -70,6 +70,7 @@ def lab_server(notebooks: Path) -> Iterator[Server]:
         shutil.copytree(notebooks, home / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         (home / "settings").mkdir()
         shutil.copy(ROOT / "binder" / "overrides.json", home / "settings")
+        shutil.copy(ROOT / "binder" / "jupyter_server_config.py", home)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -88,11 +89,11 @@ def lab_server(notebooks: Path) -> Iterator[Server]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
         # The library must be found from the copy too, installed or not.
         path = os.pathsep.join(filter(None, [str(ROOT), outside.get("PYTHONPATH")]))
-        environment = outside | {"HOME": folder, "IPYTHONDIR": f"{folder}/ipython", "PYTHONPATH": path}
+        ours = {"HOME": folder, "JUPYTER_CONFIG_DIR": folder, "IPYTHONDIR": f"{folder}/ipython", "PYTHONPATH": path}
         log = home / "server.log"
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+                command, env=outside | ours, cwd=folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
             )
         try:
             _wait_for(server, process, log)
@@ -127,11 +128,11 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def chromium_page() -> Iterator[Page]:
+def chromium_page(width: int = 1280) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_FLAGS)
         try:
-            yield browser.new_page(viewport={"width": 1280, "height": 720})
+            yield browser.new_page(viewport={"width": width, "height": 720})
         finally:
             browser.close()
 
@@ -225,9 +226,10 @@ def main() -> int:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--theme", choices=["light", "dark"], default="light")
+    parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels")
     parser.add_argument("--wide", action="store_true", help="fold the file browser away")
     choice = parser.parse_args()
-    with lab_server(choice.notebook.parent) as server, chromium_page() as page:
+    with lab_server(choice.notebook.parent) as server, chromium_page(choice.width) as page:
         lab = LabPage(page, server)
         lab.open(choice.notebook.name)
         lab.theme(choice.theme)
