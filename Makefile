@@ -49,7 +49,7 @@ clean: ## remove the environment and all that tools leave behind
 
 # A stamp is the moment of the last installation. [test] contains [lab], so the test stamp renews both.
 INSTALL = @tools/install.sh "$(PYTHON)" $(VENV)
-INPUTS := pyproject.toml constraints.txt binder/overrides.json binder/jupyter_server_config.py tools/install.sh
+INPUTS := pyproject.toml constraints.txt $(shell find binder/prefix -type f) tools/install.sh
 
 $(VENV)/lab.stamp: $(INPUTS) $(BIN)/python
 	$(INSTALL) lab $(PIP_FLAGS)

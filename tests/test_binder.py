@@ -59,5 +59,8 @@ def test_requirements_can_be_met(tmp_path: Path):
 def test_post_build_installs_the_settings(tmp_path: Path):
     environment = os.environ | {"NB_PYTHON_PREFIX": str(tmp_path)}
     subprocess.run(["./binder/postBuild"], cwd=ROOT, env=environment, check=True)
-    for folder, name in [("share/jupyter/lab/settings", "overrides.json"), ("etc/jupyter", "jupyter_server_config.py")]:
-        assert (tmp_path / folder / name).read_text() == (ROOT / "binder" / name).read_text()
+    prefix = ROOT / "binder" / "prefix"
+    files = [path.relative_to(prefix) for path in prefix.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    for file in files:
+        assert (tmp_path / file).read_text() == (prefix / file).read_text()

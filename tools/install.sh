@@ -50,9 +50,5 @@ echo "Installing sft_edu[$extra] into $venv (PyTorch is large: this can take som
   stop "The installation failed; pip says why above. Run the same command again to go on."
 }
 
-settings=$venv/share/jupyter/lab/settings
-mkdir -p "$settings"
-cp binder/overrides.json "$settings/"
-mkdir -p "$venv/etc/jupyter"
-cp binder/jupyter_server_config.py "$venv/etc/jupyter/"
+cp -R binder/prefix/. "$venv"
 rm "$mark"

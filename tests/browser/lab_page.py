@@ -68,16 +68,14 @@ def lab_server(notebooks: Path) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="sft_edu_lab_", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         shutil.copytree(notebooks, home / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        (home / "settings").mkdir()
-        shutil.copy(ROOT / "binder" / "overrides.json", home / "settings")
-        shutil.copy(ROOT / "binder" / "jupyter_server_config.py", home)
+        shutil.copytree(ROOT / "binder" / "prefix", home / "prefix")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         server = Server(f"http://127.0.0.1:{port}", secrets.token_hex(), home / "notebooks")
         options = {
             "IdentityProvider.token": server.token,
-            "LabApp.app_settings_dir": home / "settings",
+            "LabApp.app_settings_dir": home / "prefix/share/jupyter/lab/settings",
             "LabApp.expose_app_in_browser": True,
             "ServerApp.ip": "127.0.0.1",
             "ServerApp.port": port,
@@ -89,7 +87,12 @@ def lab_server(notebooks: Path) -> Iterator[Server]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
         # The library must be found from the copy too, installed or not.
         path = os.pathsep.join(filter(None, [str(ROOT), outside.get("PYTHONPATH")]))
-        ours = {"HOME": folder, "JUPYTER_CONFIG_DIR": folder, "IPYTHONDIR": f"{folder}/ipython", "PYTHONPATH": path}
+        ours = {
+            "HOME": folder,
+            "JUPYTER_CONFIG_DIR": f"{folder}/prefix/etc/jupyter",
+            "IPYTHONDIR": f"{folder}/ipython",
+            "PYTHONPATH": path,
+        }
         log = home / "server.log"
         with log.open("wb") as sink:
             process = subprocess.Popen(
