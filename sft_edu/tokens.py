@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from sft_edu.encode import Encoded, collate, padding_token
+
 
 class Tokenizer(Protocol):
     """What this package asks of a tokenizer. Every Hugging Face tokenizer satisfies it, and so does `ByteTokenizer`."""
@@ -89,24 +91,12 @@ def tokenize_prompt_and_output(
         )
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
-    longest = max(len(prompt) + len(output) for prompt, output in pairs)
-    if longest < 2:
+    if max(len(prompt) + len(output) for prompt, output in pairs) < 2:
         raise ValueError("prompts and outputs: got no pair with two tokens; expected one token to predict another from")
-
-    tokens = torch.full((len(pairs), longest), _padding(tokenizer), dtype=torch.int64, device="cpu")
-    is_output = torch.zeros((len(pairs), longest), dtype=torch.bool, device="cpu")
-    for row, (prompt, output) in enumerate(pairs):
-        end_of_output = len(prompt) + len(output)
-        tokens[row, :end_of_output] = torch.tensor(prompt + output, dtype=torch.int64, device="cpu")
-        is_output[row, len(prompt) : end_of_output] = True
-    # Copies: labels that shared their memory with the inputs would change them when written to.
-    columns = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": is_output[:, 1:]}
-    return {name: column.contiguous() for name, column in columns.items()}
-
-
-def _padding(tokenizer: Tokenizer) -> int:
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
+    sequences = [
+        Encoded((*prompt, *output), (False,) * len(prompt) + (True,) * len(output)) for prompt, output in pairs
+    ]
+    return collate(sequences, padding_token(tokenizer))
 
 
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}

@@ -1,0 +1,142 @@
+"""A checkpoint is whole or not there, and a damaged one is never loaded."""
+
+import errno
+import os
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sft_edu import checkpoint
+from sft_edu.checkpoint import DamagedCheckpointWarning, load_checkpoint, save_checkpoint, set_random_state
+
+
+def state_of(number: int) -> dict[str, object]:
+    return {"weights": torch.arange(300.0) + number, "config": {"rule": "token_mean", "max_norm": 1.0}, "sums": {}}
+
+
+def save(folder: Path, step: int, microbatch: int = 0) -> Path:
+    return save_checkpoint(folder, state_of(step), step=step, microbatch=microbatch)
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return load_checkpoint(folder)["weights"]
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path):
+    save(tmp_path / "new" / "folder", 3)
+    state = load_checkpoint(tmp_path / "new" / "folder")
+    assert torch.equal(state.pop("weights"), state_of(3)["weights"])
+    assert {key: state[key] for key in ("config", "sums")} == {key: state_of(3)[key] for key in ("config", "sums")}
+
+
+def test_an_empty_folder_has_none(tmp_path: Path):
+    assert load_checkpoint(tmp_path) is None
+    assert load_checkpoint(tmp_path / "missing") is None
+
+
+def test_it_is_plain_data_for_torch(tmp_path: Path):
+    random.gauss(0, 1)  # leaves a float in the state
+    assert set(torch.load(save(tmp_path, 1), weights_only=True)) >= {"weights", "random", "environment"}
+
+
+def test_the_newest_and_the_one_before_are_kept(tmp_path: Path):
+    for step, microbatch in ((1, 0), (1, 3), (2, 0), (10, 1)):
+        save(tmp_path, step, microbatch)
+    assert sorted(path.name[:18] for path in tmp_path.iterdir()) == ["step-00000002.0000", "step-00000010.0001"]
+    assert weights(tmp_path)[0] == 10
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path):
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    content, chance = newest.read_bytes(), random.Random(0)
+    for trial in range(300):
+        if trial % 3:
+            damaged = bytearray(content)
+            damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        else:
+            damaged = content[: chance.randrange(len(content))]
+        newest.write_bytes(damaged)
+        with pytest.warns(DamagedCheckpointWarning, match=re.escape(newest.name)):
+            assert weights(tmp_path)[0] == 1, trial
+    older.write_bytes(b"")
+    with (
+        pytest.warns(DamagedCheckpointWarning),
+        pytest.raises(ValueError, match="got 2 checkpoints, all of them damaged"),
+    ):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["write", "flush", "fsync", "replace"])
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str):
+    save(tmp_path, 1)
+    before = sorted(tmp_path.iterdir())
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if moment == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    elif moment == "replace":
+        monkeypatch.setattr(Path, "replace", full)
+    else:
+        real = os.fdopen
+
+        def fdopen(*arguments):
+            file = real(*arguments)
+            wrapped = type("Full", (), {"__enter__": lambda self: self, "__exit__": lambda *a: file.close()})()
+            wrapped.write, wrapped.flush, wrapped.fileno = file.write, file.flush, file.fileno
+            setattr(wrapped, moment, full)
+            return wrapped
+
+        monkeypatch.setattr(os, "fdopen", fdopen)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == before
+    assert weights(tmp_path)[0] == 1
+
+
+def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path, 1)
+
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(checkpoint.tempfile, "mkstemp", refuse)  # root may write anywhere
+    with pytest.raises(PermissionError):
+        save(tmp_path, 2)
+    assert weights(tmp_path)[0] == 1
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: Path):
+    (tmp_path / "abc.unfinished").write_bytes(b"half")
+    save(tmp_path, 1)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path):
+    random.gauss(0, 1)  # leaves a second number behind
+    save(tmp_path, 1)
+
+    def draw() -> tuple:
+        of_numpy = np.random.random_sample()  # noqa: NPY002 (the generator whose state is global)
+        return random.random(), random.gauss(0, 1), float(of_numpy), float(torch.rand(1))
+
+    expected = draw()
+    assert draw() != expected
+    set_random_state(load_checkpoint(tmp_path)["random"])
+    assert draw() == expected
+
+
+def test_other_threads_and_versions_are_named(tmp_path: Path):
+    save(tmp_path, 1)
+    state = load_checkpoint(tmp_path)
+    assert checkpoint.environment_differences(state) == []
+    state["environment"] |= {"the number of threads": 7, "the version of torch": "2.0"}
+    assert checkpoint.environment_differences(state) == [
+        f"the number of threads was 7 and is {torch.get_num_threads()}",
+        f"the version of torch was 2.0 and is {torch.__version__}",
+    ]
