@@ -1,0 +1,148 @@
+"""What an audit of an accumulation loop says: objectives, codes, sentences, text and HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sft_edu.audit_report import CONSEQUENCES, KNOWN, counted, table_html
+from sft_edu.denominator import number
+
+OBJECTIVES: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "token_mean": {"N": 1},
+        "sequence_mean": {"M": 1},
+        "sequence_token_mean": {"n_b": 1, "M": 1},
+        "sum": {},
+    }
+)
+"""Full-batch objectives: exponents of the counts in D, none of which depends on the split. M are the sequences of the
+minibatch. Read-only."""
+
+RULE_POWERS: Mapping[str, Mapping[str, int]] = MappingProxyType({name: known.powers for name, known in KNOWN.items()})
+"""The rules that divide each microbatch by counts of its own. Read-only."""
+
+LOOP_PROBLEMS: Mapping[str, str] = MappingProxyType(
+    {
+        "no-backward": "Nothing is trained: no gradient reaches the model that the loop is given.",
+        "wrong-sign": "Every step of the optimizer makes the responses less likely.",
+        "mask-ignored": "Prompt and padding are trained as if they were responses.",
+        "prompt-tokens-trained": "Tokens outside the mask are trained: the model learns to write prompts or padding.",
+        "uneven-weights": "Tokens of one sequence do not count alike, so no denominator describes this loop.",
+        "sequences-missing": "Some sequences of the minibatch train nothing.",
+        "depends-on-split": "The same sequences train the model differently when they are cut differently: "
+        "changing the microbatch size to save memory changes the result.",
+        "partial-window": "The last window of an epoch, where it has fewer microbatches, gets a gradient of another "
+        "scale.",
+        "wrong-on-empty-mask": "A microbatch without response tokens changes the scale of the others.",
+        "nan-on-empty-mask": "One microbatch without response tokens turns the whole gradient into NaN.",
+        "changes-parameters": "The parameters change inside the loop, so its microbatches are not those of one step.",
+        "mutates-input": "Whatever uses the microbatches after the loop sees other values.",
+        "not-deterministic": "The same minibatch gives another gradient each time, so nothing can be compared.",
+        "raises": "Training stops where the loop raises.",
+    }
+)
+"""Every code that `AccumulationAudit.problems` may hold, in its order, and what it does to training. Read-only."""
+
+_OBJECTIVE_CONSEQUENCES = {
+    "token_mean": "It is the full batch's mean over response tokens, however the minibatch is split.",
+    "sequence_mean": "It is the full batch's mean over sequences, however the minibatch is split; long responses weigh "
+    "more than short ones.",
+    "sequence_token_mean": "It is the full batch's mean over sequences, each by its own token count, however the "
+    "minibatch is split.",
+    "sum": "It is the full batch's sum, however the minibatch is split: it grows with the response tokens, and the "
+    "learning rate has to absorb that.",
+}
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """The fewest sequences, in the fewest microbatches, whose gradient depends on the split.
+
+    `lengths` are their response tokens, `sizes` the sequences per microbatch. `relative_error` compares with the same
+    sequences in one microbatch.
+    """
+
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    relative_error: float
+
+    def __str__(self) -> str:
+        tokens = ", ".join(map(str, self.lengths))
+        return (
+            f"{len(self.lengths)} sequences of {tokens} response tokens, split {list(self.sizes)}: "
+            f"{self.relative_error:.2%} off the same sequences in one microbatch."
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class AccumulationAudit:
+    """What `audit_accumulation` found; printed, a readable report.
+
+    Attributes:
+        name: of the loop.
+        objective: the full-batch objective whose gradient every split accumulates to: `token_mean`, `sequence_mean`,
+            `sequence_token_mean` or `sum`. None if there is none.
+        rule: the objective, or the rule of a single microbatch, that explains every gradient; None if none does.
+        formula: the denominator in symbols: those of `StepAudit.formula`, and M, the sequences of the minibatch.
+        invariant: whether the split makes no difference.
+        errors: for each objective the largest relative error of a split.
+        counterexample: None if invariant.
+        problems: codes, in the order of `LOOP_PROBLEMS`.
+        details: for each code a sentence with what was measured.
+        consequence: what the first problem, or else the objective or rule, does to training.
+        runs: how often the loop was called.
+    """
+
+    name: str
+    objective: str | None
+    rule: str | None
+    formula: str
+    invariant: bool
+    errors: Mapping[str, float] = field(hash=False)
+    counterexample: Counterexample | None
+    problems: tuple[str, ...]
+    details: Mapping[str, str] = field(hash=False)
+    consequence: str
+    runs: int
+
+    @property
+    def ok(self) -> bool:
+        """No problem was found. Whether the objective is the one you want is another question: compare it."""
+        return not self.problems
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.problems), default=0)
+        lines = [f"  {code.ljust(width)}  {self.details[code]}" for code in self.problems]
+        return "\n".join([*self._head(), *lines, self.consequence])
+
+    def _repr_html_(self) -> str:
+        head = "<br>".join(map(html.escape, self._head()))
+        rows = [(code, self.details[code]) for code in self.problems]
+        return f"<p>{head}</p>{table_html(rows)}<p>{html.escape(self.consequence)}</p>"
+
+    def _head(self) -> list[str]:
+        found = f"the full batch's {self.objective}" if self.objective else self.rule or "no rule with a name"
+        lines = [f"{self.name}: {found}, D = {self.formula}"]
+        if self.errors:
+            errors = ", ".join(f"{name} {_error(error)}" for name, error in self.errors.items())
+            lines.append(f"Largest distance from the full batch, over all splits: {errors}.")
+        if self.counterexample is not None:
+            lines.append(f"Smallest counterexample: {self.counterexample}")
+        return [*lines, counted(len(self.problems), self.runs, "run")]
+
+
+def loop_consequence(objective: str | None, rule: str | None, problems: tuple[str, ...]) -> str:
+    """One sentence: what the gravest problem, or else the objective or the rule, does to training."""
+    if problems:
+        # Which rule it is says more than that there is a dependence.
+        return CONSEQUENCES[rule] if problems[0] == "depends-on-split" and rule else LOOP_PROBLEMS[problems[0]]
+    if objective is not None:
+        return _OBJECTIVE_CONSEQUENCES[objective]
+    return "No known objective, but the split makes no difference: a constant factor is left to the learning rate."
+
+
+def _error(error: float) -> str:
+    return f"{error:.1%}" if error >= 5e-4 else f"{number(error) if error == 0 else f'{error:.0e}'}"

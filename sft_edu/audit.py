@@ -1,0 +1,178 @@
+"""Which rule does this step implement, anybody's step, and what else does it do?
+
+The evidence is the gradient that autograd leaves in the log-probs it was given. The gradient of a response token is
+-1/D, so every call measures a denominator; calls that differ in one count show how D depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import isnan, nan
+
+from sft_edu import audit_findings as findings
+from sft_edu.audit_report import PROBLEMS, StepAudit, consequence_of, rule_of
+from sft_edu.denominator import NOT_A_PRODUCT, TOLERANCE, Point, number, recover, series
+from sft_edu.global_state import plain_settings, random_state_kept
+from sft_edu.probe import Outcome, Probe, name_of, printable
+from sft_edu.probe_cases import SYMBOLS, Case, Cases
+from sft_edu.token_weights import sequence_weights
+
+_UNEVEN = "not a fixed weight per token"
+_FEWEST = 3  # values of a count, where the step raised for the others
+
+
+def audit_step(step: Callable[..., object], *, seed: int = 0) -> StepAudit:
+    """Measure which denominator a microbatch step divides by, and what else it does that a step should not.
+
+    The step is called some forty times with small ragged microbatches on the CPU. It may take the constant or not, be
+    called by position only, and want its mask as bool, integer or float: the first form that does not raise is used,
+    in that order. If it takes `minibatch_tokens` or `num_items_in_batch`, that is given and varied.
+
+    Nothing is called but the step. What it prints goes nowhere, what it raises is reported, SystemExit too, and global
+    state that it changes is set back: `global_state.py` says what is covered. Code that never returns, or that ends the
+    process, is not held up.
+
+    Args:
+        step: called as `step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant)`, with
+            log-probs `[B, T]`, float64 or, if it must be, float32, and a mask of the same shape. It may return `(loss,
+            metadata)`, a longer tuple, a dict with "loss", or the loss alone, as a tensor or a number.
+        seed: of log-probs, masks and counts.
+
+    Raises:
+        TypeError: the step cannot be called, or the seed is no integer.
+        KeyboardInterrupt: it passes through.
+
+    Example:
+        >>> def step(log_probs, mask, steps, constant=1.0):
+        ...     loss = -(log_probs * mask).sum() / constant / steps
+        ...     loss.backward()
+        ...     return loss, {}
+        >>> audit_step(step)
+        step: microbatch_mean, D = c·G
+        1 problem found in 37 calls:
+          loss-attached  The returned loss requires grad.
+        Keeping the returned loss, for a log, keeps the nodes of its graph in memory.
+    """
+    if not callable(step):
+        raise TypeError(f"step: got {printable(repr(step))} ({type(step).__name__}); expected a function")
+    if type(seed) is not int:
+        raise TypeError(f"seed: got {seed!r} ({type(seed).__name__}); expected an integer")
+    with random_state_kept(), plain_settings():
+        return _Audit(step, seed).run()
+
+
+class _Audit:
+    """One audit: the probe, its cases, and what was found."""
+
+    def __init__(self, step: Callable[..., object], seed: int) -> None:
+        self.probe, self.cases = Probe(step), Cases(seed)
+        self.found: dict[str, str] = {}
+
+    def run(self) -> StepAudit:
+        case = self.cases.first
+        first = self.probe.fit(case)
+        if first.error:
+            self._note([("raises", f"However it was called. With {case}: {first.error}")])
+            return self._report(None, "not measured")
+        self._note(findings.returned_and_changed([first]))
+        if findings.arrived(first) is None:
+            self._note(findings.no_gradient(first))
+            return self._report(None, "no gradient")
+        return self._report(*self._measure(case, first))
+
+    def _measure(self, case: Case, first: Outcome) -> tuple[str | None, str]:
+        """Rule and formula; what else there is to find is noted on the way."""
+        form, gradient = self.probe.form, findings.arrived(first)
+        repeated = self._calls([case])
+        varied = [(case, first), *self._calls(self.cases.varied(bool(form.constant), bool(form.tokens)))]
+        full, edges = self._calls([self.cases.full()]), self._calls(self.cases.edges(form.may_omit_constant))
+        other = self._calls([self.cases.with_other_log_probs()])
+        repeated += self._calls([case])
+        outcomes = [outcome for _, outcome in (*varied, *full, *edges)]
+        self._note(findings.returned_and_changed(outcomes))
+        self._note(findings.not_deterministic([first, *(outcome for _, outcome in repeated)]))
+        if "not-deterministic" in self.found:
+            return None, "not the same twice"
+        self._note(findings.missing_gradient(varied))
+        self._note(findings.tokens([*varied, *full]))
+        self._note(findings.earlier_gradient(self.probe, case, first, self.cases.earlier_gradient()))
+        if "overwrites-grad" not in self.found:  # it explains why parameters get nothing
+            self._note(findings.parameters(self.probe, case, gradient))
+        self._note(findings.empty_masks(self.probe, self.cases, first))
+        for _, outcome in other:
+            self._note(findings.log_prob_weights(gradient, findings.arrived(outcome)))
+        if "uneven-weights" not in self.found:
+            self._note(findings.losses([*varied, *edges]))
+            return self._name(_points(varied), _points(edges))
+        return None, _UNEVEN
+
+    def _calls(self, cases: Iterable[Case]) -> list[tuple[Case, Outcome]]:
+        """Call the step with each case, and keep the calls in which it did not raise."""
+        calls = [(case, self.probe(case)) for case in cases]
+        self._note(("raises", f"With {case}: {outcome.error}") for case, outcome in calls if outcome.error)
+        return [(case, outcome) for case, outcome in calls if not outcome.error]
+
+    def _name(self, points: list[Point], edges: list[Point]) -> tuple[str | None, str]:
+        """The rule and formula of what was measured."""
+        # The centre of all series is a sequence with the reference length, which every case has.
+        points.sort(key=lambda point: point.counts["n_b"] != self.cases.reference)
+        if not self._was_varied(points):
+            return None, "not measured"
+        found = recover(points, SYMBOLS)
+        if found.predict is None and _differs_within_a_case(points):
+            self._note([("uneven-weights", "Sequences differ in weight, and not by a power of their token counts.")])
+            return None, _UNEVEN
+        self._note(findings.ignored(points, bool(self.probe.form.constant)))
+        for counts, value in edges:
+            expected = value if found.predict is None else found.predict(counts)
+            if not abs(value - expected) <= TOLERANCE * expected:
+                where = ", ".join(f"{symbol} = {number(counts[symbol])}" for symbol in ("B", "G", "c"))
+                text, measured = found.formula.removesuffix(NOT_A_PRODUCT).rstrip(), number(value)
+                return None, f"{text}, but {_UNEVEN if isnan(value) else measured} at {where} {NOT_A_PRODUCT}"
+        if found.powers is None:
+            return None, found.formula
+        return rule_of(found.powers, found.factor), found.formula
+
+    def _was_varied(self, points: list[Point]) -> bool:
+        """Whether the step ran often enough for the effect of each count to be known."""
+        form = self.probe.form
+        given = ["n", "B", "T", "G", *(["c"] if form.constant else []), *(["N"] if form.tokens else [])]
+        return bool(points) and all(len(series(points, symbol)) >= _FEWEST for symbol in given)
+
+    def _note(self, new: Iterable[findings.Finding]) -> None:
+        """Keep the first evidence of each problem."""
+        for code, detail in new:
+            self.found.setdefault(code, detail)
+
+    def _report(self, rule: str | None, formula: str) -> StepAudit:
+        problems = tuple(code for code in PROBLEMS if code in self.found)
+        return StepAudit(
+            name=name_of(self.probe.step),
+            rule=rule,
+            formula=formula,
+            problems=problems,
+            details={code: self.found[code] for code in problems},
+            consequence=consequence_of(rule, problems, formula),
+            calls=self.probe.calls,
+        )
+
+
+def _points(calls: Iterable[tuple[Case, Outcome]]) -> list[Point]:
+    """One measurement for each trained sequence; NaN for a call whose tokens do not count alike."""
+    points = []
+    for case, outcome in calls:
+        gradient = findings.arrived(outcome)
+        weights = [] if gradient is None else sequence_weights(gradient, case.mask)
+        weights = [nan] if isinstance(weights, str) else weights
+        points += [Point(case.counts(row), 1 / abs(weight)) for row, weight in enumerate(weights) if weight]
+    return points
+
+
+def _differs_within_a_case(points: Iterable[Point]) -> bool:
+    """Whether sequences of one microbatch have different denominators."""
+    seen: dict[tuple, float] = {}
+    for counts, value in points:
+        case = tuple(count for symbol, count in counts.items() if symbol != "n_b")
+        if abs(seen.setdefault(case, value) - value) > TOLERANCE * value:
+            return True
+    return False

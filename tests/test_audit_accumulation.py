@@ -1,0 +1,409 @@
+"""Does the audit of a loop find which full-batch gradient it accumulates, and the smallest split that gives another?
+
+Here a loop is written as the loss of one microbatch; `loop` makes it a whole one.
+"""
+
+import copy
+import functools
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from sft_edu import (
+    RULES,
+    AccumulationAudit,
+    TinyLM,
+    audit_accumulation,
+    get_response_log_probs,
+    sft_microbatch_train_step,
+)
+from sft_edu.accumulation_report import LOOP_PROBLEMS, OBJECTIVES
+from sft_edu.loop_probe import compositions
+from sft_edu.ragged import ragged_minibatch
+
+
+def minibatch_of(*lengths):
+    """Sequences of random tokens with a prompt of two and these many response tokens."""
+    columns = 2 + max(lengths)
+    ids = torch.randint(0, 255, (len(lengths), columns + 1), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(len(lengths), columns, dtype=torch.bool)
+    for row, length in zip(mask, lengths, strict=True):
+        row[2 : 2 + length] = True
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask}
+
+
+def log_probs_of(model, microbatch):
+    return get_response_log_probs(model, microbatch["input_ids"], microbatch["labels"])["log_probs"]
+
+
+def tokens_of(microbatches):
+    return sum(int(microbatch["response_mask"].sum()) for microbatch in microbatches)
+
+
+def loop(loss):
+    """A loop over `loss(log_probs, mask, G, N, M)`, N and M the tokens and sequences of all microbatches."""
+
+    def run(model, microbatches):
+        counts = len(microbatches), tokens_of(microbatches), sum(len(one["labels"]) for one in microbatches)
+        for microbatch in microbatches:
+            loss(log_probs_of(model, microbatch), microbatch["response_mask"], *counts).backward()
+
+    return run
+
+
+def with_rule(rule):
+    def run(model, microbatches):
+        for one in microbatches:
+            sft_microbatch_train_step(
+                log_probs_of(model, one),
+                one["response_mask"],
+                len(microbatches),
+                rule=rule,
+                minibatch_tokens=tokens_of(microbatches),
+            )
+
+    return run
+
+
+def one_optimizer_step_too_many(model, microbatches):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for one in microbatches:
+        (-(log_probs_of(model, one) * one["response_mask"]).sum() / tokens_of(microbatches)).backward()
+        optimizer.step()
+
+
+def forgets_all_but_the_last(model, microbatches):
+    for one in microbatches:
+        model.zero_grad()
+        (-(log_probs_of(model, one) * one["response_mask"]).sum() / tokens_of(microbatches)).backward()
+
+
+def zeroes_at_the_end(model, microbatches):
+    with_rule("token_mean")(model, microbatches)
+    model.zero_grad()
+
+
+def skips_the_last_of_several(model, microbatches):
+    with_rule("token_mean")(model, microbatches[:-1] or microbatches)
+
+
+def adds_a_parameter(model, microbatches):
+    model.extra = nn.Parameter(torch.zeros(3))
+    with_rule("token_mean")(model, microbatches)
+
+
+def raises_the_second_time(model, microbatches):
+    raises_the_second_time.calls += 1
+    assert raises_the_second_time.calls < 2
+    with_rule("token_mean")(model, microbatches)
+
+
+raises_the_second_time.calls = 0
+
+
+def clears_the_masks(model, microbatches):
+    with_rule("token_mean")(model, microbatches)
+    for one in microbatches:
+        one["response_mask"][:] = 0
+
+
+def scales_at_random(model, microbatches):
+    loop(lambda x, m, g, n, s: -(x * m).sum() / n * random.uniform(0.9, 1.1))(model, microbatches)
+
+
+def raises_for_one_sequence(model, microbatches):
+    assert all(len(one["labels"]) > 1 for one in microbatches)
+    with_rule("token_mean")(model, microbatches)
+
+
+SPLIT = ("depends-on-split",)
+EMPTY = "nan-on-empty-mask"
+# loop: objective, rule, formula, problems
+LOOPS = {
+    "token_mean": (with_rule("token_mean"), "token_mean", "token_mean", "N", ()),
+    "notes": (with_rule("notes"), None, "notes", "G²", SPLIT),
+    "microbatch_mean": (with_rule("microbatch_mean"), None, "microbatch_mean", "G", SPLIT),
+    "sequence_mean": (with_rule("sequence_mean"), None, "sequence_mean", "B·G", SPLIT),
+    "microbatch_token_mean": (with_rule("microbatch_token_mean"), None, "microbatch_token_mean", "n·G", SPLIT),
+    "sequence_token_mean of each microbatch": (
+        loop(lambda x, m, g, n, s: -((x * m).sum(1) / m.sum(1).clamp(min=1)).mean() / g),
+        *(None, "sequence_token_mean", "n_b·B·G", SPLIT),
+    ),
+    "mean over all sequences": (
+        loop(lambda x, m, g, n, s: -(x * m).sum() / s),
+        *("sequence_mean", "sequence_mean", "M", ()),
+    ),
+    "mean over all sequences of token means": (
+        loop(lambda x, m, g, n, s: -((x * m).sum(1) / m.sum(1).clamp(min=1)).sum() / s),
+        *("sequence_token_mean", "sequence_token_mean", "n_b·M", ()),
+    ),
+    "sum": (loop(lambda x, m, g, n, s: -(x * m).sum()), "sum", None, "1", ()),
+    "in single precision": (
+        loop(lambda x, m, g, n, s: -(x.float() * m).sum() / n),
+        *("token_mean", "token_mean", "N", ()),
+    ),
+    "half of it": (loop(lambda x, m, g, n, s: -(x * m).sum() / (2 * n)), None, None, "2·N", ()),
+    "by G as well": (loop(lambda x, m, g, n, s: -(x * m).sum() / n / g), None, None, "N·G", SPLIT),
+    "G of yesterday": (
+        loop(lambda x, m, g, n, s: -(x * m).sum() / len(x) / 3),
+        *(None, None, "3·B", ("depends-on-split", "partial-window")),
+    ),
+    "G plus two": (loop(lambda x, m, g, n, s: -(x * m).sum() / (g + 2)), None, None, "G+2 (not a product)", SPLIT),
+    "mean of no tokens": (
+        loop(lambda x, m, g, n, s: -(x * m).sum() / m.sum() / g),
+        *(None, "microbatch_token_mean", "n·G", ("depends-on-split", EMPTY)),
+    ),
+    "no minus": (loop(lambda x, m, g, n, s: (x * m).sum() / n), None, "token_mean", "N", ("wrong-sign",)),
+    "no mask": (loop(lambda x, m, g, n, s: -x.sum() / n), None, "token_mean", "N", ("mask-ignored",)),
+    "prompt trained": (
+        loop(lambda x, m, g, n, s: -(x * (m.flip(1).cumsum(1).flip(1) > 0)).sum() / n),
+        *(None, "token_mean", "N", ("prompt-tokens-trained",)),
+    ),
+    "padding trained": (
+        loop(lambda x, m, g, n, s: -(x * (m.cumsum(1) > 0)).sum() / n),
+        *(None, "token_mean", "N", ("prompt-tokens-trained",)),
+    ),
+    "probability": (
+        loop(lambda x, m, g, n, s: -(x.exp() * m).sum() / n),
+        *(None, None, "not a fixed weight per token", ("uneven-weights",)),
+    ),
+    "zeroes inside": (
+        forgets_all_but_the_last,
+        *(None, "token_mean", "N", ("sequences-missing", "depends-on-split")),
+    ),
+    "skips the last": (
+        skips_the_last_of_several,
+        *(None, None, None, ("sequences-missing", "depends-on-split")),
+    ),
+    "zeroes at the end": (zeroes_at_the_end, None, None, "no gradient", ("no-backward",)),
+    "does nothing": (lambda model, microbatches: None, None, None, "no gradient", ("no-backward",)),
+    "steps inside": (
+        one_optimizer_step_too_many,
+        *(None, None, "not a fixed weight per token", ("uneven-weights", "depends-on-split", "changes-parameters")),
+    ),
+    "clears the masks": (clears_the_masks, "token_mean", "token_mean", "N", ("mutates-input",)),
+    "random": (scales_at_random, None, None, "not the same twice", ("not-deterministic",)),
+    "raises": (lambda model, microbatches: 1 / 0, None, None, "not measured", ("raises",)),
+    "raises later": (raises_the_second_time, None, None, "not the same twice", ("not-deterministic", "raises")),
+    "not finite": (
+        loop(lambda x, m, g, n, s: -(x.sqrt() * m).sum() / n),
+        *(None, None, "not measured", ("uneven-weights",)),
+    ),
+    "not finite for one": (
+        loop(lambda x, m, g, n, s: -(x * m).sum() / n + (0 * x.sqrt().sum() if len(x) == 1 else 0)),
+        *("token_mean", "token_mean", "N", ("uneven-weights", "nan-on-empty-mask")),
+    ),
+    "adds a parameter": (adds_a_parameter, None, None, "no gradient", ("no-backward", "changes-parameters")),
+    "raises for one": (raises_for_one_sequence, "token_mean", "token_mean", "N", ("raises",)),
+}
+
+
+@functools.cache
+def audit_of(name):
+    return audit_accumulation(LOOPS[name][0], minibatch=minibatch_of(5, 2, 7, 1, 4, 3))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_audit_says_which_loop_it_is(name):
+    audit = audit_of(name)
+    _, objective, rule, formula, problems = LOOPS[name]
+    print(audit)
+    assert audit.problems == problems
+    assert (audit.objective, audit.rule) == (objective, rule)
+    assert formula in (None, audit.formula)
+    assert audit.invariant == (
+        "depends-on-split" not in problems
+        and audit.formula not in ("no gradient", "not measured", "not the same twice")
+    )
+    assert audit.ok == (not problems)
+
+
+def test_every_problem_and_every_rule_has_a_loop():
+    assert {code for one in LOOPS.values() for code in one[4]} == set(LOOP_PROBLEMS) - {"wrong-on-empty-mask"}
+    assert {one[2] for one in LOOPS.values()} >= set(RULES) | {"sequence_token_mean"}
+    assert {one[1] for one in LOOPS.values()} >= set(OBJECTIVES)
+
+
+def test_the_errors_over_all_splits_are_exact_or_far_away():
+    audit = audit_of("token_mean")
+    assert audit.errors["token_mean"] <= 1e-14
+    assert min(error for name, error in audit.errors.items() if name != "token_mean") >= 1e-2
+    assert 1e-9 < audit_of("in single precision").errors["token_mean"] <= 2e-6
+    assert min(audit_of("microbatch_token_mean").errors.values()) >= 1e-2
+
+
+def test_the_smallest_counterexample_has_the_fewest_sequences_in_the_fewest_microbatches():
+    found = audit_of("microbatch_token_mean").counterexample
+    assert (len(found.lengths), found.sizes) == (2, (1, 1))
+    assert found.relative_error >= 1e-2
+    assert (
+        str(found)
+        == "2 sequences of 5, 2 response tokens, split [1, 1]: 54.36% off the same sequences in one microbatch."
+    )
+    assert str(found) in str(audit_of("microbatch_token_mean"))
+    assert audit_of("sequence_mean").counterexample.sizes == (1, 2)  # two sequences cannot show it
+    assert audit_of("token_mean").counterexample is None
+
+
+@pytest.mark.parametrize("lengths", [(24, 23), (24, 24, 24, 23), (23, 24, 24)])
+def test_a_mean_of_means_is_told_apart_at_24_to_23_tokens(lengths):
+    minibatch = minibatch_of(*lengths)
+    right = audit_accumulation(with_rule("token_mean"), minibatch=minibatch)
+    wrong = audit_accumulation(with_rule("microbatch_token_mean"), minibatch=minibatch)
+    assert (right.objective, right.rule, right.ok) == ("token_mean", "token_mean", True)
+    assert (wrong.objective, wrong.rule) == (None, "microbatch_token_mean")
+    assert set(wrong.counterexample.lengths) == {23, 24}
+    assert 1e-3 < wrong.counterexample.relative_error < 0.1
+
+
+def test_a_loop_that_is_thrown_off_by_an_empty_microbatch_is_told_so():
+    def run(model, microbatches):
+        total = tokens_of(microbatches) * (1 + sum(not one["response_mask"].any() for one in microbatches))
+        loop(lambda x, m, g, n, s: -(x * m).sum() / total)(model, microbatches)
+
+    audit = audit_accumulation(run, minibatch=minibatch_of(3, 1, 2))
+    assert (audit.objective, audit.problems) == ("token_mean", ("wrong-on-empty-mask",))
+    assert "50.00% off" in audit.details["wrong-on-empty-mask"]
+
+
+def test_sequences_without_tokens_may_be_left_out_of_a_mean_over_sequences():
+    def run(model, microbatches):
+        used = sum(int(one["response_mask"].any(1).sum()) for one in microbatches)
+        loop(lambda x, m, g, n, s: -(x * m).sum() / used)(model, microbatches)
+
+    assert audit_accumulation(run, minibatch=minibatch_of(3, 1, 2)).problems == ()
+
+
+def test_all_128_splits_of_eight_are_run_and_all_equal_ones_of_more():
+    assert len(set(compositions(8))) == 128
+    assert [len(sizes) for sizes in compositions(8)] == sorted(len(sizes) for sizes in compositions(8))
+    assert next(compositions(8)) == (8,)
+    seen = set()
+
+    def run(model, microbatches):
+        seen.add(tuple(len(one["labels"]) for one in microbatches))
+        with_rule("token_mean")(model, microbatches)
+
+    assert audit_accumulation(run, minibatch=minibatch_of(1, 2, 3, 4, 1, 2, 3, 4)).runs >= 170
+    assert set(compositions(8)) <= seen
+    for total in (9, 10):
+        many = list(compositions(total))
+        assert len(set(many)) == len(many)
+        assert [len(sizes) for sizes in many] == sorted(len(sizes) for sizes in many)
+        assert {sum(sizes) for sizes in many} == {total}
+        assert {(total,), (4, total - 4), (1, total - 1), (3, 3, 3) + (1,) * (total - 9), (1,) * total} <= set(many)
+
+
+# --- The model and the process stay as they were ---
+
+
+class WithBuffer(TinyLM):
+    """A model of the user's own: float32, frozen parts, a buffer, dropout, an output with `.logits`."""
+
+    def __init__(self):
+        super().__init__(d_model=8, num_layers=1, num_heads=2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.dropout = nn.Dropout(0.5)
+        self.position_embedding.weight.requires_grad_(False)
+
+    def forward(self, input_ids):
+        return type("Output", (), {"logits": self.dropout(super().forward(input_ids))})
+
+
+def test_the_given_model_keeps_its_parameters_its_mode_and_its_very_gradients():
+    model, minibatch = WithBuffer(), ragged_minibatch(4, imbalance=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    model.final_norm.bias.grad = None
+    gradients = [parameter.grad for parameter in model.parameters()]
+    before = copy.deepcopy(model.state_dict()), [None if g is None else g.clone() for g in gradients]
+    rows = copy.deepcopy(minibatch)
+    audit = audit_accumulation(with_rule("token_mean"), model, minibatch)
+    assert audit.ok
+    assert model.training
+    for parameter, kept, value in zip(model.parameters(), gradients, before[1], strict=True):
+        assert parameter.grad is kept
+        assert value is None or torch.equal(kept, value)
+    assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, rows[name]) for name, value in minibatch.items())
+
+
+def test_a_loop_that_uses_the_model_outside_is_told_so_and_undone():
+    outside = WithBuffer()
+    optimizer = torch.optim.SGD(outside.parameters(), lr=0.1)
+    before = copy.deepcopy(outside.state_dict())
+
+    def run(model, microbatches):
+        with_rule("token_mean")(outside, microbatches)
+        optimizer.step()
+        outside.seen.add_(1)
+
+    audit = audit_accumulation(run, outside, ragged_minibatch(3, imbalance=1.0))
+    assert audit.problems == ("no-backward",)
+    assert "in the model outside" in audit.details["no-backward"]
+    assert all(torch.equal(value, before[name]) for name, value in outside.state_dict().items())
+    assert all(parameter.grad is None for parameter in outside.parameters())
+
+
+@pytest.mark.parametrize("how", ["raises", "interrupts"])
+def test_everything_is_as_before_also_when_the_loop_fails(how):
+    model = TinyLM(d_model=8, num_layers=1, num_heads=2)
+    model.head.weight.grad = gradient = torch.ones_like(model.head.weight)
+
+    def run(model, microbatches):
+        torch.set_grad_enabled(False)
+        torch.manual_seed(0)
+        raise KeyboardInterrupt if how == "interrupts" else SystemExit(1)
+
+    state = torch.get_rng_state()
+    if how == "interrupts":
+        with pytest.raises(KeyboardInterrupt):
+            audit_accumulation(run, model)
+    else:
+        assert audit_accumulation(run, model).problems == ("raises",)
+    assert model.head.weight.grad is gradient
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- Arguments and reports ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((42,), TypeError, r"^run_minibatch: got 42 \(int\); expected a function"),
+        ((print, 42), TypeError, r"^model: got int; expected a torch.nn.Module"),
+        ((print, None, [1]), TypeError, r"^batch: got list; expected a dict"),
+        ((print, None, minibatch_of(3, 3)), ValueError, r"^minibatch: got sequences of 3, 3 response tokens; expected"),
+        ((print, None, minibatch_of(3, 0)), ValueError, r"^minibatch: got sequences of 3, 0 response tokens; expected"),
+    ],
+    ids=["loop", "model", "batch", "equal", "empty"],
+)
+def test_bad_arguments_are_named(arguments, error, text):
+    with pytest.raises(error, match=text):
+        audit_accumulation(*arguments)
+
+
+def test_the_report_reads_well():
+    assert str(audit_of("zeroes inside")).splitlines() == [
+        "forgets_all_but_the_last: token_mean, D = N",
+        "Largest distance from the full batch, over all splits: token_mean 91.7%, sequence_mean 96.5%, "
+        "sequence_token_mean 93.2%, sum 99.4%.",
+        "Smallest counterexample: 2 sequences of 5, 2 response tokens, split [1, 1]: 71.93% off the same sequences in "
+        "one microbatch.",
+        "2 problems found in 63 runs:",
+        "  sequences-missing  With the split [1, 1] nothing comes from sequence 0.",
+        "  depends-on-split   2 sequences of 5, 2 response tokens, split [1, 1]: 71.93% off the same sequences in one "
+        "microbatch.",
+        "Some sequences of the minibatch train nothing.",
+    ]
+
+
+def test_the_html_is_escaped():
+    evil = "<img src=x onerror=alert(1)>"
+    audit = AccumulationAudit(evil, None, evil, evil, False, {evil: 1.0}, None, (evil,), {evil: evil}, evil, 1)
+    assert "<img" not in audit._repr_html_()
+    assert audit._repr_html_().count("&lt;img") == 7

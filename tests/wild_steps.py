@@ -1,0 +1,728 @@
+"""Microbatch steps as people write them, right and wrong, each with what an audit has to find.
+
+`python tests/wild_steps.py 200` audits every one of them with 200 seeds and prints the confusion matrix.
+"""
+
+import functools
+import itertools
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sft_edu import audit_step, masked_normalize, sft_microbatch_train_step
+
+UNEVEN = "not a fixed weight per token"
+
+
+class Wild(NamedTuple):
+    """A step, the rule and formula to be found, and the problems in order."""
+
+    step: Callable
+    rule: str | None
+    formula: str
+    problems: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        return label(self.rule, self.formula, self.problems)
+
+
+WILD: dict[str, Wild] = {}
+
+
+def label(rule, formula, problems):
+    """What an audit says first: the gravest problem, else the rule, else the formula."""
+    return problems[0] if problems else rule or formula
+
+
+def wild(rule, formula, *problems):
+    def add(step):
+        assert step.__name__ not in WILD
+        WILD[step.__name__] = Wild(step, rule, formula, problems)
+        return step
+
+    return add
+
+
+def finish(loss, **metadata):
+    loss.backward()
+    return loss.detach(), {name: value.detach() for name, value in metadata.items()}
+
+
+# --- Right, each in its own way ---
+
+
+@wild("notes", "c·G²")
+def ours(*args, **kwargs):
+    return sft_microbatch_train_step(*args, **kwargs)
+
+
+@wild("notes", "c·G²")
+def the_notes_line_by_line(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0):
+    num_tokens = response_mask.sum()
+    masked_sum = masked_normalize(policy_log_probs, response_mask, None, normalize_constant)
+    loss = -masked_sum / gradient_accumulation_steps
+    return finish(loss / gradient_accumulation_steps, num_tokens=num_tokens, masked_sum=masked_sum)
+
+
+@wild("notes", "c·G²")
+def by_a_hand_written_gradient(log_probs, mask, steps, constant=1.0):
+    log_probs.backward(gradient=-mask.to(log_probs.dtype) / steps / steps / constant)
+    return -(log_probs.detach() * mask).sum() / steps**2 / constant, {}
+
+
+@wild("notes", "c·G²")
+def with_an_integer_mask(log_probs, mask, steps, constant=1.0):
+    hidden = 1 - mask  # a bool mask raises here
+    return finish(-log_probs.masked_fill(hidden == 1, 0).sum() / (constant * steps**2))
+
+
+@wild("notes", "c·G²")
+def with_a_float_mask(log_probs, mask, steps, constant=1.0):
+    return finish(-torch.einsum("bt,bt->", log_probs, mask) / steps**2 / constant)
+
+
+class NegativeMaskedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_probs, mask):
+        ctx.save_for_backward(mask)
+        return -(log_probs * mask).sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (mask,) = ctx.saved_tensors
+        return -gradient * mask, None
+
+
+@wild("notes", "c·G²")
+def with_its_own_autograd_function(log_probs, mask, steps, constant=1.0):
+    return finish(NegativeMaskedSum.apply(log_probs, mask) / (steps * steps) / constant)
+
+
+@wild("notes", "G²")
+def without_the_constant(log_probs, mask, steps):
+    return finish(-log_probs[mask].sum() / steps**2)
+
+
+@wild("microbatch_mean", "c·G")
+def by_position_only(log_probs, mask, steps, constant, /):
+    return finish(-torch.masked_select(log_probs, mask).sum() / constant / steps)
+
+
+@wild("microbatch_mean", "c·G")
+def constant_by_keyword_only(log_probs, mask, steps, *, normalize_constant=1.0):
+    return finish(-(log_probs * mask).sum() / normalize_constant / steps)
+
+
+@wild("microbatch_mean", "c·G")
+def token_by_token(log_probs, mask, steps, constant=1.0):
+    loss = sum(-log_probs[row, column] for row, column in mask.nonzero().tolist())
+    return finish(loss / (constant * steps)) if isinstance(loss, torch.Tensor) else (0.0, {})
+
+
+@wild("microbatch_mean", "c·G")
+def returns_a_float(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps
+    loss.backward()
+    return loss.item()
+
+
+@wild("sequence_mean", "c·B·G")
+def the_reference(log_probs, mask, steps, constant=1.0):
+    loss = -(torch.where(mask, log_probs, 0).sum(-1) / constant).mean() / steps
+    return finish(loss)
+
+
+@wild("sequence_mean", "c·B·G")
+def returns_a_tuple_of_tensors(log_probs, mask, steps, constant=1.0):
+    per_sequence = -(log_probs * mask).sum(1)
+    loss, tokens = finish(per_sequence.sum() / len(log_probs) / constant / steps)[0], mask.sum()
+    return loss, tokens, per_sequence.detach()
+
+
+@wild("sequence_mean", "c·B·G")
+def returns_a_dict(log_probs, mask, steps, normalize_constant=1.0):
+    loss, _ = finish(-(log_probs * mask).sum(1).mean() / normalize_constant / steps)
+    return {"loss": loss, "tokens": int(mask.sum())}
+
+
+@wild("sequence_mean", "c·B·G")
+def sequence_by_sequence(log_probs, mask, steps, constant=1.0):
+    total = 0.0
+    for row, places in zip(log_probs.split(1), mask, strict=True):  # one small backward each
+        loss = -(row * places).sum() / constant / len(log_probs) / steps
+        loss.backward()
+        total += loss.item()
+    return torch.tensor(total), {"tokens": int(mask.sum())}
+
+
+@wild("sequence_mean", "c·B·G")
+def in_single_precision(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.float() * mask.float()).sum(-1).mean().div(constant).div(steps))
+
+
+class StepModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, log_probs, mask, steps, constant=1.0):
+        return finish(-(log_probs * mask).sum() / mask.sum().clamp(min=1) / steps)
+
+
+@wild("microbatch_token_mean", "n·G")
+def clamps_the_count(log_probs, mask, steps, normalize_constant=1.0):
+    return finish(-(log_probs * mask).sum() / mask.sum().clamp(min=1) / steps)
+
+
+@wild("microbatch_token_mean", "n·G")
+def adds_an_epsilon(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / (mask.sum() + 1e-8) / steps)
+
+
+@wild("microbatch_token_mean", "c·n·G")
+def token_mean_and_constant(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / max(int(mask.sum()), 1) / constant / steps)
+
+
+@wild("sequence_token_mean", "n_b·B·G")
+def each_sequence_by_its_own_length(log_probs, mask, steps, constant=1.0):
+    per_sequence = (log_probs * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return finish(-per_sequence.mean() / steps)
+
+
+@wild("token_mean", "N")
+def as_the_trainer_does(log_probs, mask, steps, num_items_in_batch=None):
+    return finish(-(log_probs * mask).sum() / num_items_in_batch)
+
+
+@wild("token_mean", "N")
+def takes_anything(*args, **kwargs):
+    return sft_microbatch_train_step(*args, rule="token_mean", **kwargs)
+
+
+@wild("token_mean", "c·N")
+def counts_of_all_ranks(log_probs, mask, steps, constant=1.0, *, minibatch_tokens):
+    return finish(-(log_probs * mask).sum() / constant / minibatch_tokens)
+
+
+for rule, formula in (("microbatch_mean", "c·G"), ("sequence_mean", "c·B·G"), ("token_mean", "N")):
+    WILD[f"ours_{rule}"] = Wild(functools.partial(sft_microbatch_train_step, rule=rule), rule, formula)
+WILD["a_module"] = Wild(StepModule(), "microbatch_token_mean", "n·G")
+
+
+# --- Denominators without a name ---
+
+
+@wild(None, "c·B·G²")
+def divides_by_everything(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum(1).mean() / constant / steps / steps)
+
+
+@wild(None, "c·(G+2) (not a product)")
+def plus_two(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / (steps + 2))
+
+
+@wild(None, "G+2 (not a product)")
+def plus_two_without_the_constant(log_probs, mask, steps):
+    return finish(-(log_probs * mask).sum() / (steps + 2))
+
+
+@wild(None, "c·(2·G-1) (not a product)")
+def twice_minus_one(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / (2 * steps - 1))
+
+
+@wild(None, "c·G·(G+1) (not a product)")
+def g_times_g_plus_one(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / (steps * steps + steps))
+
+
+@wild(None, "c·G^G (not a product)")
+def divides_in_a_loop(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant
+    for _ in range(steps):
+        loss = loss / steps
+    return finish(loss)
+
+
+@wild(None, "c·G! (not a product)")
+def divides_by_the_loop_variable(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant
+    for i in range(steps):
+        loss = loss / (i + 1)
+    return finish(loss)
+
+
+@wild(None, "c·2^G (not a product)")
+def halves_in_a_loop(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / 2**steps)
+
+
+@wild(None, "c·√G")
+def root_of_g(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / steps**0.5)
+
+
+@wild(None, "2·c·G")
+def two_g(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / (steps + steps))
+
+
+@wild(None, "c·B/G")
+def multiplies_by_g(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum(1).mean() / constant * steps)
+
+
+@wild(None, "B·T·G/c")
+def mean_over_all_positions(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).mean() * constant / steps)
+
+
+@wild(None, "n·G²")
+def token_mean_twice_by_g(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / mask.sum().clamp(min=1) / steps / steps)
+
+
+@wild(None, "B·G·(n_b+1) (not a product)")
+def length_plus_one(log_probs, mask, steps):
+    return finish(-((log_probs * mask).sum(1) / (mask.sum(1) + 1)).mean() / steps)
+
+
+# --- No gradient ---
+
+
+@wild(None, "no gradient", "no-backward")
+def forgets_backward(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps
+    return loss, {"loss": loss.detach()}
+
+
+@wild(None, "no gradient", "no-backward")
+def works_on_a_detached_copy(log_probs, mask, steps, constant=1.0):
+    copy = log_probs.detach().requires_grad_()
+    return finish(-(copy * mask).sum() / constant / steps)
+
+
+@wild(None, "no gradient", "no-backward")
+def under_no_grad(log_probs, mask, steps, constant=1.0):
+    with torch.no_grad():
+        return -(log_probs * mask).sum() / constant / steps, {}
+
+
+@wild("notes", "c·G²", "no-backward")
+def writes_the_gradient_by_hand(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    log_probs.grad = gradient if log_probs.grad is None else log_probs.grad + gradient
+    return loss.detach(), {}
+
+
+# --- The wrong sign ---
+
+
+@wild("sequence_mean", "c·B·G", "wrong-sign")
+def forgets_the_minus(log_probs, mask, steps, constant=1.0):
+    return finish((log_probs * mask).sum(1).mean() / constant / steps)
+
+
+@wild("notes", "c·G²", "wrong-sign")
+def takes_the_minus_twice(log_probs, mask, steps, constant=1.0):
+    nll = -(log_probs * mask).sum() / constant
+    return finish(-nll / steps / steps)
+
+
+@wild("microbatch_token_mean", "n·G", "wrong-sign")
+def policy_gradient_sign(log_probs, mask, steps, constant=1.0):
+    advantage = -torch.ones(len(log_probs), 1)
+    return finish(-(advantage * log_probs * mask).sum() / mask.sum().clamp(min=1) / steps)
+
+
+# --- The mask ---
+
+
+@wild("notes", "c·G²", "mask-ignored")
+def has_no_use_for_the_mask(log_probs, mask, steps, constant=1.0):
+    return finish(-log_probs.sum() / constant / steps**2)
+
+
+@wild("microbatch_token_mean", "n·G", "mask-ignored")
+def masks_the_count_alone(log_probs, mask, steps, constant=1.0):
+    return finish(-log_probs.sum() / mask.sum().clamp(min=1) / steps)
+
+
+@wild("microbatch_mean", "c·G", "mask-ignored")
+def picks_rows_with_an_integer_mask(log_probs, mask, steps, constant=1.0):
+    return finish(-log_probs[mask.any(1)].sum() / constant / steps)
+
+
+@wild("microbatch_mean", "c·G", "mask-ignored")
+def weighs_the_prompt_a_little(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * (mask + 0.1 * ~mask)).sum() / constant / steps)
+
+
+@wild("sequence_mean", "c·B·G", "prompt-tokens-trained")
+def shifts_the_mask_left(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs[:, :-1] * mask[:, 1:]).sum(1).mean() / constant / steps)
+
+
+@wild("notes", "c·G²", "prompt-tokens-trained")
+def shifts_the_mask_right(log_probs, mask, steps, constant=1.0):
+    late = nn.functional.pad(mask[:, :-1], (1, 0))
+    return finish(-(log_probs * late).sum() / constant / steps**2)
+
+
+@wild("microbatch_mean", "c·G", "prompt-tokens-trained")
+def trains_the_padding(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * (mask.cumsum(1) > 0)).sum() / constant / steps)
+
+
+@wild("microbatch_mean", "c·G", "prompt-tokens-trained")
+def trains_the_prompt(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * (mask.flip(1).cumsum(1).flip(1) > 0)).sum() / constant / steps)
+
+
+@wild("microbatch_mean", "c·G", "prompt-tokens-trained")
+def inverts_the_mask(log_probs, mask, steps, constant=1.0):
+    return finish(-log_probs.masked_fill(mask == 1, 0).sum() / constant / steps)
+
+
+# --- Weights that are not one number per sequence ---
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def maximises_probability(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.exp() * mask).sum() / constant / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def focal(log_probs, mask, steps, constant=1.0):
+    return finish(-((1 - log_probs.exp()).detach() ** 2 * log_probs * mask).sum() / constant / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def clamps_unlikely_tokens(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.clamp(min=-5) * mask).sum() / constant / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def drops_the_last_position(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs[:, :-1] * mask[:, :-1]).sum() / constant / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def weighs_by_position(log_probs, mask, steps, constant=1.0):
+    weights = torch.linspace(1, 0.5, log_probs.shape[1])
+    return finish(-(log_probs * mask * weights).sum() / constant / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def weighs_by_row(log_probs, mask, steps, constant=1.0):
+    weights = torch.arange(1, len(log_probs) + 1).unsqueeze(1)
+    return finish(-(log_probs * mask * weights).sum() / constant / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def divides_by_the_size_of_the_loss(log_probs, mask, steps, constant=1.0):
+    total = -(log_probs * mask).sum()
+    return finish(total / total.detach().clamp(min=1e-6) / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def takes_a_logarithm_too_many(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.log() * mask).sum() / constant / steps)
+
+
+@wild(None, UNEVEN, "uneven-weights")
+def takes_a_square_root(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.sqrt() * mask).sum() / constant / steps)  # NaN everywhere, under the mask or not
+
+
+# --- Arguments without effect ---
+
+
+@wild("notes", "G²", "constant-ignored")
+def notes_without_c(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / steps / steps)
+
+
+@wild("sequence_mean", "B·G", "constant-ignored")
+def reference_without_c(log_probs, mask, steps, normalize_constant=1.0):
+    return finish(-(log_probs * mask).sum(-1).mean() / steps)
+
+
+@wild(None, "c", "steps-ignored")
+def leaves_g_to_the_caller(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant)
+
+
+@wild(None, "n", "steps-ignored")
+def token_mean_of_one_microbatch(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / mask.sum().clamp(min=1))
+
+
+@wild(None, "32·c", "steps-ignored")
+def a_fixed_number_of_steps(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / 32)
+
+
+@wild(None, "1", "constant-ignored", "steps-ignored")
+def just_the_sum(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum())
+
+
+# --- What comes back ---
+
+
+@wild("notes", "c·G²", "loss-attached")
+def returns_the_loss_with_its_graph(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    loss.backward()
+    return loss, {"tokens": mask.sum()}
+
+
+@wild("sequence_mean", "c·B·G", "metadata-attached")
+def keeps_the_masked_sum(log_probs, mask, steps, constant=1.0):
+    masked_sum = (log_probs * mask).sum(1) / constant
+    return finish(-masked_sum.mean() / steps)[0], {"masked_sum": masked_sum}
+
+
+@wild("sequence_mean", "c·B·G", "metadata-attached")
+def keeps_a_nested_entropy(log_probs, mask, steps, constant=1.0):
+    loss, _ = finish(-(log_probs * mask).sum(1).mean() / constant / steps)
+    return loss, {"statistics": [{"entropy": -(log_probs.exp() * log_probs).mean()}]}
+
+
+@wild("microbatch_mean", "c·G", "loss-attached", "metadata-attached")
+def keeps_everything(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps
+    loss.backward()
+    return loss, {"log_probs": log_probs}
+
+
+@wild("notes", "c·G²", "value-mismatch")
+def returns_the_loss_before_the_second_division(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps
+    (loss / steps).backward()
+    return loss.detach(), {}
+
+
+@wild("notes", "c·G²", "value-mismatch")
+def returns_the_masked_sum(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    loss.backward()
+    return -loss.detach(), {}
+
+
+@wild("sequence_mean", "c·B·G", "value-mismatch")
+def returns_nothing(log_probs, mask, steps, constant=1.0):
+    (-(log_probs * mask).sum(1).mean() / constant / steps).backward()
+
+
+@wild("sequence_mean", "c·B·G", "value-mismatch")
+def returns_a_loss_for_each_sequence(log_probs, mask, steps, constant=1.0):
+    per_sequence = -(log_probs * mask).sum(1) / constant / steps
+    per_sequence.mean().backward()
+    return per_sequence.detach(), {}
+
+
+@wild(None, "c·G²/2", "value-mismatch")
+def runs_backward_twice(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    loss.backward(retain_graph=True)
+    return finish(loss)
+
+
+# --- What it does to .grad and to its arguments ---
+
+
+@wild("notes", "c·G²", "overwrites-grad")
+def assigns_grad(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    (log_probs.grad,) = torch.autograd.grad(loss, log_probs)
+    return loss.detach(), {}
+
+
+@wild("sequence_mean", "c·B·G", "overwrites-grad")
+def copies_into_grad(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum(1).mean() / constant / steps
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    if log_probs.grad is None:
+        log_probs.grad = torch.zeros_like(log_probs)
+    log_probs.grad.copy_(gradient)
+    return loss.detach(), {}
+
+
+@wild("microbatch_mean", "c·G", "overwrites-grad")
+def clips_what_has_accumulated(log_probs, mask, steps, constant=1.0):
+    result = finish(-(log_probs * mask).sum() / constant / steps)
+    if log_probs.is_leaf:
+        torch.nn.utils.clip_grad_norm_(log_probs, 9.0)
+    return result
+
+
+@wild("notes", "c·G²", "zeroes-grad")
+def sets_grad_to_none_first(log_probs, mask, steps, constant=1.0):
+    log_probs.grad = None
+    return finish(-(log_probs * mask).sum() / constant / steps**2)
+
+
+@wild("sequence_mean", "c·B·G", "zeroes-grad")
+def zeroes_grad_in_place(log_probs, mask, steps, constant=1.0):
+    if log_probs.grad is not None:
+        log_probs.grad.zero_()
+    return finish(-(log_probs * mask).sum(1).mean() / constant / steps)
+
+
+@wild("microbatch_mean", "c·G", "zeroes-grad")
+def calls_an_optimizer_of_its_own(log_probs, mask, steps, constant=1.0):
+    if log_probs.is_leaf:
+        torch.optim.SGD([log_probs], lr=0.0).zero_grad()
+    return finish(-(log_probs * mask).sum() / constant / steps)
+
+
+@wild("microbatch_mean", "c·G", "zeroes-grad")
+def zeroes_grad_afterwards(log_probs, mask, steps, constant=1.0):
+    result = finish(-(log_probs * mask).sum() / constant / steps)
+    log_probs.grad = None
+    return result
+
+
+@wild("notes", "c·G²", "mutates-input")
+def clears_the_mask(log_probs, mask, steps, constant=1.0):
+    result = finish(-(log_probs * mask).sum() / constant / steps**2)
+    mask.zero_()
+    return result
+
+
+@wild("notes", "c·G²", "mutates-input")
+def masks_the_log_probs_in_place(log_probs, mask, steps, constant=1.0):
+    log_probs.masked_fill_(mask == 0, 0)  # a leaf raises here, log-probs of a model do not
+    return finish(-log_probs.sum() / constant / steps**2)
+
+
+@wild("sequence_mean", "c·B·G", "mutates-input")
+def rescales_the_data(log_probs, mask, steps, constant=1.0):
+    result = finish(-(log_probs * mask).sum(1).mean() / constant / steps)
+    log_probs.data.mul_(0.5)
+    return result
+
+
+@wild("microbatch_mean", "c·G", "mutates-input")
+def freezes_the_log_probs(log_probs, mask, steps, constant=1.0):
+    result = finish(-(log_probs * mask).sum() / constant / steps)
+    if log_probs.is_leaf:
+        log_probs.requires_grad_(False)
+    return result
+
+
+# --- Empty masks, chance, and errors ---
+
+
+@wild("microbatch_token_mean", "n·G", "nan-on-empty-mask")
+def mean_of_the_selected(log_probs, mask, steps, constant=1.0):
+    return finish(-log_probs[mask.bool()].mean() / steps)
+
+
+@wild("microbatch_token_mean", "n·G", "nan-on-empty-mask")
+def divides_by_zero_tokens(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / mask.sum() / steps)
+
+
+@wild("sequence_token_mean", "n_b·B·G", "nan-on-empty-mask")
+def divides_each_sequence_by_zero(log_probs, mask, steps, constant=1.0):
+    return finish(-((log_probs * mask).sum(1) / mask.sum(1)).mean() / steps)
+
+
+@wild(None, "not the same twice", "not-deterministic")
+def drops_tokens_at_random(log_probs, mask, steps, constant=1.0):
+    kept = torch.rand(log_probs.shape) < 0.5
+    return finish(-(log_probs * mask * kept).sum() / constant / steps)
+
+
+@wild(None, "not the same twice", "not-deterministic")
+def scales_at_random(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / steps * random.uniform(0.9, 1.1))
+
+
+_calls = itertools.count(1)
+
+
+@wild(None, "not the same twice", "not-deterministic")
+def divides_by_the_calls_so_far(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / next(_calls))
+
+
+@wild(None, "not measured", "raises")
+def raises_always(log_probs, mask, steps, constant=1.0):
+    raise NotImplementedError("TODO")
+
+
+@wild(None, "not measured", "raises")
+def leaves_the_program(log_probs, mask, steps, constant=1.0):
+    sys.exit(3)
+
+
+@wild(None, "not measured", "raises")
+def wants_an_optimizer(log_probs, mask, optimizer, steps, constant):
+    optimizer.zero_grad()
+
+
+@wild("sequence_mean", "c·B·G", "raises")
+def squeezes_a_single_sequence(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.squeeze() * mask.squeeze()).sum(dim=1).mean() / constant / steps)
+
+
+@wild("sequence_mean", "c·B·G", "raises")
+def has_no_graph_without_tokens(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum(1).mean() if mask.any() else torch.tensor(0.0)
+    return finish(loss / constant / steps)
+
+
+@wild("notes", "c·G²", "raises")
+def refuses_a_large_g(log_probs, mask, steps, constant=1.0):
+    assert steps <= 7
+    return finish(-(log_probs * mask).sum() / constant / steps**2)
+
+
+@wild(None, "not measured", "raises")
+def knows_one_g_only(log_probs, mask, steps, constant=1.0):
+    assert steps == 3
+    return finish(-(log_probs * mask).sum() / constant / steps**2)
+
+
+def confusion(pairs):
+    """The matrix of (expected, found) pairs as text, one line for each expected label."""
+    counts = Counter(pairs)
+    lines = []
+    for expected in dict.fromkeys(one for one, _ in counts):
+        found = {other: count for (one, other), count in counts.items() if one == expected}
+        wrong = "".join(f"  {other}: {count}" for other, count in found.items() if other != expected)
+        lines.append(f"{expected:<32}{found.get(expected, 0):>6}{wrong}")
+    return "\n".join(lines)
+
+
+def main(seeds):
+    pairs, missed = [], []
+    for seed, (name, expected) in itertools.product(range(seeds), WILD.items()):
+        audit = audit_step(expected.step, seed=seed)
+        pairs.append((expected.expected, label(audit.rule, audit.formula, audit.problems)))
+        if (audit.rule, audit.formula, audit.problems) != expected[1:]:
+            missed.append((name, seed, audit))
+    print(confusion(pairs))
+    for name, seed, audit in missed[:20]:
+        print(f"\n{name}, seed {seed}: expected {WILD[name][1:]}\n{audit}")
+    print(f"\n{len(pairs)} audits of {len(WILD)} steps, {len(missed)} differ from what was expected.")
+    return math.ceil(len(missed) / len(pairs))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 1))
