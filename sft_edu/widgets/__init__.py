@@ -4,6 +4,7 @@ from sft_edu.widgets.accumulation_lab import AccumulationLab
 from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.figure import FigureView
 from sft_edu.widgets.mask_lab import MaskLab
+from sft_edu.widgets.optimizer_lab import OptimizerLab
 from sft_edu.widgets.prediction import Prediction
 from sft_edu.widgets.save_picture import SavePicture
 from sft_edu.widgets.scaling_lab import ScalingLab
@@ -17,6 +18,7 @@ __all__ = [
     "Bars",
     "FigureView",
     "MaskLab",
+    "OptimizerLab",
     "Prediction",
     "SavePicture",
     "ScalingLab",
