@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from sft_edu import RULES, accumulate, get_response_log_probs, sft_microbatch_train_step
-from sft_edu.accumulation_exercises import check_accumulation_loop, check_denominator
+from sft_edu.exercises import check_accumulation_loop, check_denominator
 
 
 def forward(model, batch):

@@ -1,0 +1,38 @@
+"""Steps with one mistake each, for lessons to diagnose: they run, return numbers, and raise nothing."""
+
+from __future__ import annotations
+
+import torch
+
+Returned = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def without_a_graph(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+    scores = torch.tensor(log_probs.tolist(), dtype=log_probs.dtype, requires_grad=True)
+    masked_sum = (scores * mask).sum() / constant
+    loss = -masked_sum / steps / steps
+    loss.backward()
+    return loss.detach(), {"masked_sum": masked_sum.detach()}
+
+
+def backward_twice(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+    masked_sum = (log_probs * mask).sum() / constant
+    loss = -masked_sum / steps / steps
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return loss.detach(), {"masked_sum": masked_sum.detach()}
+
+
+def logs_with_graph(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+    masked_sum = (log_probs * mask).sum() / constant
+    loss = -masked_sum / steps / steps
+    loss.backward()
+    mean_p = (log_probs.exp() * mask).sum() / mask.sum()
+    return loss.detach(), {"masked_sum": masked_sum.detach(), "mean_p": mean_p}
+
+
+def mask_counts_only(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+    num_tokens = mask.sum()
+    loss = -log_probs.sum() / constant / steps / steps
+    loss.backward()
+    return loss.detach(), {"num_tokens": num_tokens}
