@@ -4,10 +4,10 @@ Importing this imports torch and nothing else: no widgets, no plots. Those are i
 """
 
 from sft_edu.accumulate import accumulate, compare, full_batch_gradient, split_minibatch
-from sft_edu.accumulation_report import AccumulationAudit
 from sft_edu.audit import audit_step
-from sft_edu.audit_accumulation import audit_accumulation
-from sft_edu.audit_report import StepAudit
+from sft_edu.audit.accumulation import audit_accumulation
+from sft_edu.audit.accumulation_report import AccumulationAudit
+from sft_edu.audit.report import StepAudit
 from sft_edu.checks import PositiveLogProbWarning, raise_for_bad_values
 from sft_edu.log_probs import compute_entropy, get_response_log_probs
 from sft_edu.memory import saved_bytes

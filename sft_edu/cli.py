@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from sft_edu.audit import audit_step
-from sft_edu.audit_report import KNOWN, StepAudit
+from sft_edu.audit.report import KNOWN, StepAudit
 from sft_edu.load_target import TargetError, target_function
 
 

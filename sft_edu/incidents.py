@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sft_edu.accumulate import Batch
-from sft_edu.audit_accumulation import audit_accumulation
+from sft_edu.audit.accumulation import audit_accumulation
 
 STEPS = 4  # G, as configured
 

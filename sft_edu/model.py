@@ -10,8 +10,9 @@ from torch.nn import functional as F
 class TinyLM(nn.Module):
     """A pre-norm transformer decoder. With its default sizes it has about 0.14 million parameters.
 
-    All weights come from `seed`; the global random number generator is neither read nor changed. The output layer is
-    scaled so that an untrained model has opinions (logits of about +-1), and its log-probs are not all the same.
+    All weights come from `seed` and are float32, whatever the default dtype is; the global random number generator is
+    neither read nor changed. The output layer is scaled so that an untrained model has opinions (logits of about
+    +-1), and its log-probs are not all the same.
 
     Args:
         vocab_size: V, tokens it can read and predict; 259 fits `ByteTokenizer`.
@@ -41,7 +42,7 @@ class TinyLM(nn.Module):
             self.blocks = nn.ModuleList(_Block(d_model, num_heads) for _ in range(num_layers))
             self.final_norm = nn.LayerNorm(d_model)
             self.head = nn.Linear(d_model, vocab_size, bias=False)
-        self.to_empty(device="cpu")
+        self.float().to_empty(device="cpu")
         self._initialise(torch.Generator().manual_seed(seed))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

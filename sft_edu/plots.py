@@ -6,6 +6,7 @@ every move of a slider flickers and fills the memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib import colormaps
@@ -19,6 +20,16 @@ from sft_edu.digits import fixed
 INK, FAINT, LINE = "#1b1f24", "#5d646d", "#c9ced6"
 ROLE_FILL = {"response": "#cfe2f3", "prompt": "#eceef1", "padding": "#ffffff"}
 ROLE_HATCH = {"response": "", "prompt": "", "padding": "....."}
+# Of a bar: the roles, and okabe_ito for the rules. bars.css has the same.
+BAR_FILL = ROLE_FILL | {
+    "neutral": "#8b939c",
+    "gradient": "#fdb863",
+    "notes": "#d55e00",
+    "microbatch_mean": "#cc79a7",
+    "sequence_mean": "#0072b2",
+    "microbatch_token_mean": "#e69f00",
+    "token_mean": "#009e73",
+}
 
 _WIDTH, _CHAIN, _TITLE, _ROW, _ROW_WITH_TOKEN = 8.8, 1.15, 0.3, 0.36, 0.5  # inches
 _CENTRED = {"ha": "center", "va": "center"}
@@ -47,12 +58,12 @@ class StepPicture:
             """Axes at a place counted in inches from the upper left corner."""
             return self.figure.add_axes((left / _WIDTH, 1 - (top + down) / height, across / _WIDTH, down / height))
 
-        legend = "blue response, grey prompt, dotted padding; " if tokens else ""
+        title = "policy_log_probs; a dark frame marks mask = 1"
+        if tokens:
+            title += (";\n" if side_by_side else "; ") + "blue response, grey prompt, dotted padding"
         width = (_WIDTH - 0.3) / 2 if side_by_side else _WIDTH
         self._chain = _Chain(place(0, 0.05, _WIDTH, _CHAIN - 0.1))
-        self._log_probs = _Cells(
-            place(0, _CHAIN, width, grid), roles, tokens, f"policy_log_probs; {legend}a dark frame marks mask = 1"
-        )
+        self._log_probs = _Cells(place(0, _CHAIN, width, grid), roles, tokens, title)
         second = (_WIDTH - width, _CHAIN) if side_by_side else (0, _CHAIN + grid + 0.1)
         self._gradient = _Cells(
             place(*second, width, grid), roles, tokens, "gradient of scaled_loss with respect to policy_log_probs"
@@ -73,9 +84,17 @@ class StepPicture:
 
 
 def gradient_colour(gradient: float) -> tuple[float, float, float, float]:
-    """White for exactly 0, orange below, purple above; logarithmic, because G divides twice."""
-    # The outer ends of PuOr are too dark to write on.
-    return colormaps["PuOr"](0.5 + 0.32 * (2 * float(_GRADIENT_NORM(gradient)) - 1)) if gradient else (1, 1, 1, 1)
+    """White for exactly 0 and for NaN, orange below, purple above; logarithmic, because G divides twice."""
+    if gradient == 0 or math.isnan(gradient):
+        return (1, 1, 1, 1)
+    # The outer ends of PuOr are too dark to tell their colours apart.
+    return colormaps["PuOr"](0.5 + 0.32 * (2 * float(_GRADIENT_NORM(gradient)) - 1))
+
+
+def ink_on(shade: tuple[float, float, float, float]) -> str:
+    """Black or white, whichever can be read better on a shade; the page has the same function."""
+    red, green, blue = (((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in shade[:3])
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
 class _Chain:
@@ -118,10 +137,11 @@ class _Cells:
         row_height = (height - _TITLE) / rows
         axes.set(xlim=(-margin, columns), ylim=(rows, -_TITLE / row_height))
         axes.axis("off")
-        axes.text(0.04, -0.14 / row_height, title, va="center", fontsize=9, color=INK)
-        size = 10 if columns <= 8 else 8 if columns <= 16 else 6.5
+        axes.text(0.04, -0.14 / row_height, title, va="center", fontsize=7.5 if "\n" in title else 9, color=INK)
         self._digits = 4 if columns <= 12 else 2
-        self._roles, self._patches, self._frames, self._numbers = roles, [], [], []
+        longest = 6.1 if columns <= 12 else 4.5  # -1.000e-05 or -1.0e-05, in sizes of the font
+        size = min(10, 72 * 0.92 * (width - 0.3) / columns / longest)
+        self._roles, self._patches, self._frames, self._numbers, self._tokens = roles, [], [], [], []
         for row in range(rows):
             axes.text(-margin / 3, row + 0.5, str(row), ha="right", va="center", fontsize=9, color=FAINT)
             for column in range(columns):
@@ -132,7 +152,8 @@ class _Cells:
                 if tokens:
                     token = tokens[row][column]
                     text = token.strip("<>") or token
-                    axes.text(column + 0.5, row + 0.32, text, fontsize=size + 1, parse_math=False, **_CENTRED)
+                    look = {"fontsize": size + 1, "parse_math": False, "color": INK, **_CENTRED}
+                    self._tokens.append(axes.text(column + 0.5, row + 0.32, text, **look))
                 below = row + (0.7 if tokens else 0.5)
                 self._numbers.append(axes.text(column + 0.5, below, "", fontsize=size, **_CENTRED))
 
@@ -140,12 +161,17 @@ class _Cells:
         flat_values = [value for row in values for value in row]
         flat_mask = [bool(value) for row in mask for value in row]
         flat_roles = [role for row in self._roles for role in row]
-        cells = zip(flat_values, flat_mask, flat_roles, self._patches, self._frames, self._numbers, strict=True)
-        for value, selected, role, patch, frame, number in cells:
-            number.set_text(fixed(value, self._digits) if value else "0")
-            number.set_color(INK if selected else FAINT)
+        tokens = self._tokens or [None] * len(flat_values)
+        artists = zip(self._patches, self._frames, self._numbers, tokens, strict=True)
+        for value, selected, role, cell in zip(flat_values, flat_mask, flat_roles, artists, strict=True):
+            patch, frame, number, token = cell
+            shade = colour(value) if colour else ROLE_FILL[role]
+            ink = ink_on(shade) if colour and value else INK if selected else FAINT
+            number.set(text=fixed(value, self._digits) if value else "0", color=ink)
+            if token and colour:
+                token.set_color(ink_on(shade))
             frame.set(edgecolor=INK if selected else LINE, linewidth=1.6 if selected else 0.8)
-            patch.set(facecolor=colour(value) if colour else ROLE_FILL[role], hatch="" if colour else ROLE_HATCH[role])
+            patch.set(facecolor=shade, hatch="" if colour else ROLE_HATCH[role])
 
 
 def _cell(axes: Axes, row: int, column: int, **look: object) -> Rectangle:
@@ -158,7 +184,8 @@ def bar_figure(panels: Sequence[tuple[str, Sequence[Mapping], float | None]], lo
     """Horizontal bars in one panel below the other.
 
     Args:
-        panels: for each a title, rows with label, value, text and note, and where a line is drawn to compare with.
+        panels: for each a title, rows with label, value, text, colour (a key of `BAR_FILL`) and note, and where a line
+            is drawn to compare with.
         log: a logarithmic axis; values that are not positive have no bar.
     """
     heights = [0.45 + 0.34 * len(rows) for _, rows, _ in panels]
@@ -166,7 +193,8 @@ def bar_figure(panels: Sequence[tuple[str, Sequence[Mapping], float | None]], lo
     every_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (title, rows, reference) in zip(every_axes, panels, strict=True):
         labels = [f"{row['label']}  ({row['note']})" if row["note"] else row["label"] for row in rows]
-        bars = axes.barh(range(len(rows)), [row["value"] for row in rows], color="#8fb8de", edgecolor=INK, height=0.6)
+        fills = [BAR_FILL[row["colour"]] for row in rows]
+        bars = axes.barh(range(len(rows)), [row["value"] for row in rows], color=fills, edgecolor=INK, height=0.6)
         axes.bar_label(bars, [row["text"] for row in rows], padding=4, fontsize=8, color=INK)
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.set_title(title, loc="left", fontsize=9, color=INK)
@@ -175,6 +203,10 @@ def bar_figure(panels: Sequence[tuple[str, Sequence[Mapping], float | None]], lo
         axes.spines[["top", "right"]].set_visible(False)
         if log:
             axes.set_xscale("log")
+            positive = [row["value"] for row in rows if row["value"] > 0] or [1]
+            axes.set_xlim(min(positive) / 10, max(positive) * 4)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.tick_params(axis="x", labelsize=8, labelcolor=FAINT)
         if reference is not None:
             axes.axvline(reference, color=INK, linewidth=1, linestyle="--")
     return figure

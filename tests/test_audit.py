@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from wild_steps import WILD, confusion, finish, label
 
 from sft_edu import RULES, StepAudit, audit_step, sft_microbatch_train_step
-from sft_edu.audit_report import CONSEQUENCES, KNOWN, PROBLEMS
-from sft_edu.denominator import Point, product_text, recover
-from sft_edu.probe import Probe
-from sft_edu.probe_cases import SYMBOLS, Cases
+from sft_edu.audit.denominator import Point, product_text, recover
+from sft_edu.audit.probe import Probe
+from sft_edu.audit.probe_cases import SYMBOLS, Cases
+from sft_edu.audit.report import CONSEQUENCES, KNOWN, PROBLEMS
 
 SEEDS, STEPS_PER_SEED = 200, 3
 

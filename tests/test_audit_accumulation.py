@@ -19,8 +19,8 @@ from sft_edu import (
     get_response_log_probs,
     sft_microbatch_train_step,
 )
-from sft_edu.accumulation_report import LOOP_PROBLEMS, OBJECTIVES
-from sft_edu.loop_probe import compositions
+from sft_edu.audit.accumulation_report import LOOP_PROBLEMS, OBJECTIVES
+from sft_edu.audit.loop_probe import compositions
 from sft_edu.ragged import ragged_minibatch
 
 

@@ -13,8 +13,8 @@ import pytest
 from wild_steps import WILD
 
 from sft_edu import audit_accumulation, audit_step, get_response_log_probs
-from sft_edu.accumulation_report import LOOP_PROBLEMS
-from sft_edu.audit_report import KNOWN, PROBLEMS
+from sft_edu.audit.accumulation_report import LOOP_PROBLEMS
+from sft_edu.audit.report import KNOWN, PROBLEMS
 from sft_edu.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -125,6 +125,8 @@ def test_what_a_caller_does_to_his_list_later_changes_nothing():
         ("detail", ["one", 2], r"detail\[1\]: got 2; expected a text"),
         ("words", 3, "words"),
         ("drawn", "1", "drawn"),
+        ("ahead", "G", "ahead"),
+        ("inputs", None, "inputs"),
     ],
 )
 def test_a_chain_refuses_what_it_cannot_show(trait, value, complaint):

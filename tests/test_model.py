@@ -33,6 +33,18 @@ def test_the_global_random_numbers_are_neither_drawn_nor_reset():
     assert torch.equal(weights(0), weights(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_default_dtype_changes_no_weight(dtype):
+    before = weights(3)
+    torch.set_default_dtype(dtype)
+    try:
+        after = weights(3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert after.dtype == torch.float32
+    assert torch.equal(after, before)
+
+
 @pytest.mark.parametrize("changed", range(12))
 def test_a_token_changes_nothing_before_it_and_something_at_it(changed):
     model = TinyLM(**SMALL)

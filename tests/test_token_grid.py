@@ -1,44 +1,13 @@
 """The page's side of TokenMask without a page: run by node, and held against the Python it must agree with."""
 
-import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
-
-import pytest
 
 from sft_edu.plots import INK, ROLE_FILL, gradient_colour
 from sft_edu.widgets import TokenMask
 
 HERE = Path(__file__).parent
 WIDGETS = HERE.parent / "sft_edu" / "widgets"
-
-
-@pytest.fixture(scope="module")
-def node():
-    path = shutil.which("node")
-    if path is None:
-        complain = pytest.fail if os.environ.get("CI") else pytest.skip
-        complain("node is missing; on Debian and Ubuntu: sudo apt-get install nodejs")
-
-    def run(*arguments, text=None):
-        return subprocess.run([path, *arguments], input=text, capture_output=True, text=True, timeout=60)
-
-    return run
-
-
-def evaluate(node, module, expression):
-    """The value of an expression over the exports of a module, given as its text."""
-    program = f"""
-    const text = {json.dumps(module)};
-    const grid = await import("data:text/javascript," + encodeURIComponent(text));
-    console.log(JSON.stringify({expression}));
-    """
-    answer = node("--input-type=module", "-", text=program)
-    assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout)
 
 
 def grid_source():
@@ -50,25 +19,25 @@ def test_geometry_strokes_and_undo(node):
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
-def test_the_two_files_are_one_module_that_renders(node):
-    exports = evaluate(node, str(TokenMask._esm), "[typeof grid.default.render, typeof grid.render]")
+def test_the_two_files_are_one_module_that_renders(evaluate):
+    exports = evaluate(str(TokenMask._esm), "[typeof module.default.render, typeof module.render]")
     assert exports == ["function", "undefined"]
 
 
-def test_the_colours_are_those_of_the_plots(node):
+def test_the_colours_are_those_of_the_plots(evaluate):
     sizes = [10**exponent for exponent in (-9, -6, -5, -4.5, -4, -3.5, -3, -2.2, -1, -0.60206, -0.3, 0, 2)]
     values = [0.0, *sizes, *(-size for size in sizes)]
-    ours = evaluate(node, grid_source(), f"{values}.map(grid.gradientColour)")
+    ours = evaluate(grid_source(), f"{values}.map(module.gradientColour)")
     # Two of the map's 256 steps: matplotlib looks a single number up in half precision.
     for value, colour in zip(values, ours, strict=True):
         theirs = gradient_colour(value)[:3]
         assert max(abs(a / 255 - b) for a, b in zip(colour, theirs, strict=True)) < 0.02, value
 
 
-def test_the_ink_can_be_read_on_every_shade(node):
+def test_the_ink_can_be_read_on_every_shade(evaluate):
     sizes = [10 ** (n / 40 - 5) for n in range(201)]
     values = [0.0, *sizes, *(-size for size in sizes)]
-    pairs = evaluate(node, grid_source(), f"{values}.map(grid.gradientColour).map((rgb) => [rgb, grid.inkOn(rgb)])")
+    pairs = evaluate(grid_source(), f"{values}.map(module.gradientColour).map((rgb) => [rgb, module.inkOn(rgb)])")
     assert min(contrast(shade, ink) for shade, ink in pairs) >= 4.5
 
 

@@ -4,8 +4,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from playwright.sync_api import expect
 
-from .lab_page import ROOT, LabPage, Server, chromium_page, find_chromium, lab_server
+from .lab_page import ROOT, SECONDS, LabPage, Server, chromium_page, find_chromium, lab_server
+
+expect.set_options(timeout=15 * SECONDS)  # where tests share the machine, a kernel may take its time
 
 
 @pytest.fixture(scope="package")

@@ -106,15 +106,49 @@ def test_the_mask_lab_is_painted_and_the_page_does_not_move(lab: LabPage):
 
 def test_the_accumulation_lab_plays(lab: LabPage):
     output = opened(lab, "03_gradient_accumulation.ipynb", "lab = AccumulationLab()")
-    expect(output).to_contain_text("after 4 of 4")
-    played = output.locator(".noUi-handle").last
-    played.focus()
-    played.press("ArrowLeft")
-    played.press("ArrowLeft")
-    expect(output).to_contain_text("after 2 of 4")
-    expect(output).to_contain_text("0.4986x")
+    first = output.get_by_role("row").first
+    expect(first).to_have_accessible_name(".grad after 0 of 4 no direction yet 0.0000x")
+    play = output.get_by_role("button", name="play or pause")
+    play.click()
+    for played in (1, 2, 3, 4):
+        expect(first).to_contain_text(f".grad after {played} of 4")
+    expect(first).to_contain_text("1.0000x")
+    expect(output.get_by_label("state")).to_have_value("N=8 G=4 rule=token_mean imbalance=0.5 played=4")
+    expect(output.locator(".sft-edu-bars-words").first).to_contain_text("All 4 microbatches together give the gradient")
+    expect(play.locator(".fa-play")).to_have_count(1)  # it has stopped
+    play.click()  # from the start
+    expect(first).to_contain_text(".grad after 1 of 4")
+    output.get_by_role("button", name="stop, back to 0").click()
+    expect(first).to_contain_text("no direction yet")
+
+    handle = output.get_by_role("slider", name="played")
+    handle.focus()
+    handle.press("ArrowRight")
+    handle.press("ArrowRight")
+    expect(first).to_have_accessible_name(".grad after 2 of 4 cosine 0.8294 0.4986x")
     output.locator("select").select_option("microbatch_token_mean")
-    expect(output).to_contain_text("1.0091x")
+    handle.press("End")
+    expect(first).to_contain_text("1.0091x")
+    calm(lab)
+
+
+@pytest.mark.parametrize(
+    ("lesson", "text"),
+    [("03_gradient_accumulation.ipynb", "lab = AccumulationLab()"), ("04_loss_scaling.ipynb", "ScalingLab()")],
+)
+def test_sliders_are_long_enough_to_drag_and_controls_stand_in_two_rows(lab: LabPage, lesson: str, text: str):
+    output = opened(lab, lesson, text)
+    output.evaluate("output => { output.style.width = '900px' }")
+    tracks = [track.bounding_box()["width"] for track in output.locator(".noUi-target").all()]
+    assert min(tracks) > 90
+    # G is the finest: up to 32 places.
+    steps = output.get_by_role("slider", name=re.compile("^G$")).locator(
+        "xpath=ancestor::*[contains(@class,'noUi-target')]"
+    )
+    assert steps.bounding_box()["width"] >= 31 * 4.5
+    controls = output.locator(".widget-hbox").first
+    assert controls.bounding_box()["height"] <= (75 if "Accumulation" in text else 40)
+    assert controls.evaluate("row => [...row.children].every(child => child.getBoundingClientRect().right <= 1280)")
     calm(lab)
 
 
@@ -135,11 +169,19 @@ def test_a_prediction_reveals_its_answer_on_demand(lab: LabPage):
     output = lab.page.locator(".jp-OutputArea-output", has_text="Which loss does the step return?").first
     reveal = output.get_by_role("button", name="reveal")
     expect(reveal).to_be_disabled()
+    # One stop of Tab, as any group of radio buttons; arrows choose.
+    question = output.get_by_role("radiogroup", name=re.compile(r"^Predict\. .* Which loss does the step return\?$"))
+    expect(question.get_by_role("radio")).to_have_count(4)
+    question.get_by_role("radio").first.focus()
+    lab.page.keyboard.press("Tab")
+    assert not question.evaluate("group => group.contains(document.activeElement)")
     output.get_by_label("0.4000").check()
     lab.page.keyboard.press("ArrowDown")
     lab.page.keyboard.press("ArrowDown")
     lab.page.wait_for_timeout(500)  # a choice that arrives after the click would take the verdict back
-    reveal.click()
+    lab.page.keyboard.press("Tab")
+    expect(reveal).to_be_focused()
+    lab.page.keyboard.press("Enter")
     expect(output).to_contain_text("Not 1.4000. It is 0.7000.")
     calm(lab)
 

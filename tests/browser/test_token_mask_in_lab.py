@@ -142,6 +142,29 @@ def test_every_chip_says_what_it_is(desk: Desk):
     assert unguarded.count() == 0
 
 
+def test_the_line_below_is_about_what_was_moved_last(desk: Desk):
+    line, chips = desk.masks[0].locator(".sft-edu-mask-readout"), desk.chips()
+    chips.nth(3).focus()
+    chips.nth(9).hover()
+    expect(line).to_contain_text("sequence 0, token 9:")
+    desk.page.keyboard.press("ArrowRight")
+    expect(line).to_contain_text("sequence 0, token 4:")
+    desk.page.keyboard.press("Space")
+    expect(line).to_contain_text("sequence 0, token 4: a, prompt, mask 1")
+    desk.ask("w.mask = mask")  # the pointer rests, whatever changes below it
+    expect(line).to_contain_text("sequence 0, token 4: a, prompt, mask 0")
+    x, y = desk.centre(9)
+    desk.page.mouse.move(x + 1, y)
+    expect(line).to_contain_text("sequence 0, token 9:")
+    desk.page.keyboard.press("Shift+Tab")
+    desk.page.keyboard.press("Tab")
+    expect(line).to_contain_text("sequence 0, token 4:")
+    desk.page.mouse.move(*desk.centre(10))
+    expect(line).to_contain_text("sequence 0, token 10:")
+    desk.page.mouse.move(0, 0)
+    expect(line).to_contain_text("sequence 0, token 4:")
+
+
 def test_a_click_flips(desk: Desk):
     desk.chips().nth(3).click()
     desk.settle(with_ones(3))

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from sft_edu.audit_report import CONSEQUENCES, KNOWN, counted, table_html
-from sft_edu.denominator import TOLERANCE
+from sft_edu.audit.denominator import TOLERANCE
+from sft_edu.audit.report import CONSEQUENCES, KNOWN, counted, table_html
 
 OBJECTIVES: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from math import isnan, nan
 
-from sft_edu import audit_findings as findings
-from sft_edu.audit_report import PROBLEMS, StepAudit, consequence_of, rule_of
-from sft_edu.denominator import NOT_A_PRODUCT, TOLERANCE, Point, number, recover, series
+from sft_edu.audit import findings as findings
+from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Point, number, recover, series
+from sft_edu.audit.probe import Outcome, Probe, name_of, printable
+from sft_edu.audit.probe_cases import SYMBOLS, Case, Cases
+from sft_edu.audit.report import PROBLEMS, StepAudit, consequence_of, rule_of
+from sft_edu.audit.token_weights import sequence_weights
 from sft_edu.global_state import plain_settings, random_state_kept
-from sft_edu.probe import Outcome, Probe, name_of, printable
-from sft_edu.probe_cases import SYMBOLS, Case, Cases
-from sft_edu.token_weights import sequence_weights
 
 _UNEVEN = "not a fixed weight per token"
 _FEWEST = 3  # values of a count, where the step raised for the others

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from sft_edu.accumulate import Batch, full_batch_gradient, split_minibatch
-from sft_edu.denominator import TOLERANCE, Point
+from sft_edu.audit.denominator import TOLERANCE, Point
+from sft_edu.audit.probe import describe
 from sft_edu.global_state import plain_settings
-from sft_edu.probe import describe
 
 SYMBOLS = ("n_b", "n", "N", "B", "M", "G")
 """The counts of a loop: those of `scaling.py` without c, and M, the sequences of the whole minibatch."""

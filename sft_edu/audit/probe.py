@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from sft_edu.audit.probe_cases import Case
 from sft_edu.global_state import plain_settings
-from sft_edu.probe_cases import Case
 
 _TOKEN_NAMES = ("minibatch_tokens", "num_items_in_batch")
 _LONGEST_TEXT = 200

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from sft_edu.denominator import TOLERANCE, number
+from sft_edu.audit.denominator import TOLERANCE, number
 
 _NEXT_TO_NOTHING = 1e-12  # of the largest gradient
 _SMALLEST = 1e-100  # its powers, and those of its inverse, stay within float64

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
 
-from sft_edu.denominator import product_text
+from sft_edu.audit.denominator import product_text
 from sft_edu.scaling import RULES, Rule
 
 PROBLEMS: Mapping[str, str] = MappingProxyType(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from sft_edu.accumulate import Batch, _num_sequences, _parameters, compare
-from sft_edu.accumulation_report import (
+from sft_edu.audit.accumulation_report import (
     LOOP_PROBLEMS,
     OBJECTIVES,
     RULE_POWERS,
@@ -20,11 +20,11 @@ from sft_edu.accumulation_report import (
     Counterexample,
     loop_consequence,
 )
-from sft_edu.denominator import TOLERANCE, product_text, recover
+from sft_edu.audit.denominator import TOLERANCE, product_text, recover
+from sft_edu.audit.loop_probe import SYMBOLS, LoopProbe, Run, compositions, model_kept
+from sft_edu.audit.probe import name_of, printable
 from sft_edu.global_state import plain_settings, random_state_kept
-from sft_edu.loop_probe import SYMBOLS, LoopProbe, Run, compositions, model_kept
 from sft_edu.model import TinyLM
-from sft_edu.probe import name_of, printable
 from sft_edu.ragged import ragged_minibatch
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from sft_edu.denominator import TOLERANCE, Point, number, series, varies
-from sft_edu.probe import Outcome, Probe
-from sft_edu.probe_cases import Case, Cases
-from sft_edu.token_weights import sequence_weights, token_problem
+from sft_edu.audit.denominator import TOLERANCE, Point, number, series, varies
+from sft_edu.audit.probe import Outcome, Probe
+from sft_edu.audit.probe_cases import Case, Cases
+from sft_edu.audit.token_weights import sequence_weights, token_problem
 
 Finding = tuple[str, str]
 Calls = Sequence[tuple[Case, Outcome]]
