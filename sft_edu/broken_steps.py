@@ -1,13 +1,14 @@
-"""Steps with one mistake each, for lessons to diagnose: they run, return numbers, and raise nothing."""
+"""Steps with one mistake each, for lessons to print and to diagnose: they run, return numbers, and raise nothing.
+
+All take log-probs and mask `[B, T]`, G and c, and return a loss and metadata as `sft_microbatch_train_step` does.
+"""
 
 from __future__ import annotations
 
 import torch
 
-Returned = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
-
-def without_a_graph(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+def without_a_graph(log_probs, mask, steps, constant=1.0):
     scores = torch.tensor(log_probs.tolist(), dtype=log_probs.dtype, requires_grad=True)
     masked_sum = (scores * mask).sum() / constant
     loss = -masked_sum / steps / steps
@@ -15,7 +16,7 @@ def without_a_graph(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, con
     return loss.detach(), {"masked_sum": masked_sum.detach()}
 
 
-def backward_twice(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+def backward_twice(log_probs, mask, steps, constant=1.0):
     masked_sum = (log_probs * mask).sum() / constant
     loss = -masked_sum / steps / steps
     loss.backward(retain_graph=True)
@@ -23,7 +24,7 @@ def backward_twice(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, cons
     return loss.detach(), {"masked_sum": masked_sum.detach()}
 
 
-def logs_with_graph(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+def logs_with_graph(log_probs, mask, steps, constant=1.0):
     masked_sum = (log_probs * mask).sum() / constant
     loss = -masked_sum / steps / steps
     loss.backward()
@@ -31,7 +32,7 @@ def logs_with_graph(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, con
     return loss.detach(), {"masked_sum": masked_sum.detach(), "mean_p": mean_p}
 
 
-def mask_counts_only(log_probs: torch.Tensor, mask: torch.Tensor, steps: int, constant: float = 1.0) -> Returned:
+def mask_counts_only(log_probs, mask, steps, constant=1.0):
     num_tokens = mask.sum()
     loss = -log_probs.sum() / constant / steps / steps
     loss.backward()

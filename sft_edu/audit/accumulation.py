@@ -188,7 +188,7 @@ class _LoopAudit:
             if reference is not None and not _same(run, reference):
                 lengths = tuple(self.probe.lengths[row] for row in run.rows)
                 found = Counterexample(lengths, run.sizes, _error(run, reference))
-                self._note("depends-on-split", str(found))
+                self._note("depends-on-split", f"Smallest counterexample: {found}")
                 return found
         return None
 

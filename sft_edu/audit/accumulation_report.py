@@ -119,7 +119,8 @@ class AccumulationAudit:
         return "\n".join([*self._head(), *lines, self.consequence])
 
     def _repr_html_(self) -> str:
-        head = "<br>".join(map(html.escape, self._head()))
+        first, *more = map(html.escape, self._head())
+        head = "<br>".join([f"<strong>{first}</strong>", *more])
         rows = [(code, self.details[code]) for code in self.problems]
         return f"<p>{head}</p>{table_html(rows)}<p>{html.escape(self.consequence)}</p>"
 
@@ -129,8 +130,6 @@ class AccumulationAudit:
         if self.errors:
             errors = ", ".join(f"{name} {_error(error)}" for name, error in self.errors.items())
             lines.append(f"Largest distance from the full batch, over all splits: {errors}.")
-        if self.counterexample is not None:
-            lines.append(f"Smallest counterexample: {self.counterexample}")
         return [*lines, counted(len(self.problems), self.runs, "run")]
 
 

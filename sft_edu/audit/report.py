@@ -141,6 +141,7 @@ class StepAudit:
 
 
 _CELL = 'style="text-align: left; vertical-align: top"'
+_CODE = 'style="text-align: left; vertical-align: top; white-space: nowrap"'
 
 
 def counted(problems: int, tries: int, what: str) -> str:
@@ -152,7 +153,7 @@ def counted(problems: int, tries: int, what: str) -> str:
 def table_html(rows: Iterable[tuple[str, str]]) -> str:
     """Codes and details as an HTML table, nothing where there are none."""
     cells = [(html.escape(code), html.escape(detail)) for code, detail in rows]
-    body = "".join(f'<tr><th scope="row" {_CELL}>{code}</th><td {_CELL}>{detail}</td></tr>' for code, detail in cells)
+    body = "".join(f'<tr><th scope="row" {_CODE}>{code}</th><td {_CELL}>{detail}</td></tr>' for code, detail in cells)
     return f"<table><tbody>{body}</tbody></table>" if body else ""
 
 
