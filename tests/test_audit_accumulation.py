@@ -394,9 +394,8 @@ def test_the_report_reads_well():
         "sequence_token_mean 93.2%, sum 99.4%.",
         "2 problems found in 63 runs:",
         "  sequences-missing  With the split [1, 1] nothing comes from sequence 0.",
-        "  depends-on-split   Smallest counterexample: 2 sequences of 5, 2 response tokens, split [1, 1]: 71.93% off the "
-        "microbatch.",
-        "same sequences in one microbatch.",
+        "  depends-on-split   Smallest counterexample: 2 sequences of 5, 2 response tokens, split [1, 1]: "
+        "71.93% off the same sequences in one microbatch.",
     ]
 
 

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from sft_edu.accumulate import Batch, compare, full_batch_gradient, split_minibatch
-from sft_edu.accumulation_report import LOOP_PROBLEMS
-from sft_edu.audit_accumulation import audit_accumulation
-from sft_edu.denominator import TOLERANCE
+from sft_edu.audit.accumulation import audit_accumulation
+from sft_edu.audit.accumulation_report import LOOP_PROBLEMS
+from sft_edu.audit.denominator import TOLERANCE
 from sft_edu.exercises.accumulation_mistakes import gradient_problem
 from sft_edu.exercises.guard import call, judged, reading, smallest
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, right, wrong

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sft_edu.accumulate import Batch, compare, full_batch_gradient, split_minibatch
-from sft_edu.denominator import TOLERANCE
+from sft_edu.audit.denominator import TOLERANCE
 from sft_edu.model import TinyLM
 
 Named = tuple[str, str, torch.Tensor]

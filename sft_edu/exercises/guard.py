@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import torch
 
+from sft_edu.audit.probe import describe
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, wrong
 from sft_edu.global_state import plain_settings, random_state_kept
-from sft_edu.probe import describe
 
 Case = TypeVar("Case")
 

@@ -10,7 +10,7 @@ import torch
 
 from sft_edu import checks, closed_form
 from sft_edu.audit import audit_step
-from sft_edu.audit_report import PROBLEMS
+from sft_edu.audit.report import PROBLEMS
 from sft_edu.exercises.guard import as_floats, call, judged, reading, smallest
 from sft_edu.exercises.step_mistakes import gradient_problem
 from sft_edu.exercises.verdict import Verdict, close, difference, numbers, right, wrong
