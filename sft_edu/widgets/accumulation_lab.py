@@ -23,15 +23,15 @@ from sft_edu.widgets.lab import Lab, between, labelled, one_of
 class AccumulationLab(Lab):
     """A minibatch of real sequences, split into G microbatches, on a tiny model in float64.
 
-    `played` of the microbatches have run; play, or drag. Drive it by hand or from code: `lab.played = 2; lab`. Memory
-    is what autograd holds for backward, measured.
+    It opens before the first microbatch: play, or drag *played*. Drive it by hand or from code: `lab.played = 2; lab`.
+    Memory is what autograd holds for backward, measured.
 
     Args:
         num_sequences: 8 to 32.
         gradient_accumulation_steps: G, 1 to 32; more than there are sequences count as that many.
         rule: one of `RULES`.
         imbalance: 0, all responses equally long, to 1, the longest about 16 times as long as the shortest.
-        played: how many microbatches have run; all of them when None.
+        played: how many microbatches have run; at most G.
     """
 
     SETTINGS: ClassVar = {
@@ -46,7 +46,7 @@ class AccumulationLab(Lab):
     gradient_accumulation_steps = traitlets.Int(4)
     rule = traitlets.Unicode("token_mean")
     imbalance = traitlets.Float(0.5)
-    played = traitlets.Int(4)
+    played = traitlets.Int(0)
 
     def __init__(
         self,
@@ -54,14 +54,14 @@ class AccumulationLab(Lab):
         gradient_accumulation_steps: int = 4,
         rule: str = "token_mean",
         imbalance: float = 0.5,
-        played: int | None = None,
+        played: int = 0,
     ) -> None:
         super().__init__(
             num_sequences=num_sequences,
             gradient_accumulation_steps=gradient_accumulation_steps,
             rule=rule,
             imbalance=imbalance,
-            played=gradient_accumulation_steps if played is None else played,
+            played=played,
         )
 
     @property
@@ -77,12 +77,12 @@ class AccumulationLab(Lab):
     @property
     def microbatch_bytes(self) -> int:
         """The most that one microbatch holds for backward."""
-        return _held(self.num_sequences, self.imbalance, self.gradient_accumulation_steps)
+        return self._bytes[0]
 
     @property
     def full_batch_bytes(self) -> int:
         """What the whole minibatch at once holds for backward."""
-        return _held(self.num_sequences, self.imbalance, 1)
+        return self._bytes[1]
 
     @traitlets.validate("rule")
     def _check_rule(self, proposal) -> str:
@@ -99,12 +99,13 @@ class AccumulationLab(Lab):
         return between("imbalance", proposal["value"], 0, 1)
 
     def _make(self) -> list[ipywidgets.Widget]:
-        sequences = ipywidgets.IntSlider(min=8, max=32, **labelled("sequences", "of the minibatch", "220px"))
-        steps = ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "220px"))
-        rule = ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "220px"))
-        ragged = ipywidgets.FloatSlider(min=0, max=1, step=0.1, **labelled("imbalance", "of response lengths", "230px"))
-        played = ipywidgets.IntSlider(min=0, max=32, **labelled("played", "microbatches that have run", "230px"))
+        sequences = ipywidgets.IntSlider(min=8, max=32, **labelled("sequences", "of the minibatch", "260px"))
+        steps = ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "260px"))
+        rule = ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "260px"))
+        ragged = ipywidgets.FloatSlider(min=0, max=1, step=0.1, **labelled("imbalance", "of response lengths", "260px"))
+        played = ipywidgets.IntSlider(min=0, max=32, **labelled("played", "microbatches that have run", "260px"))
         controls = (sequences, steps, rule, ragged, played)
+        # All of one width: they stand in columns, three in a row or two.
         for (trait, _), control in zip(self.SETTINGS.values(), controls, strict=True):
             self._control(trait, control)
         play = ipywidgets.Play(min=0, max=32, interval=600, **labelled("", "run the microbatches one by one", "130px"))
@@ -132,44 +133,36 @@ class AccumulationLab(Lab):
             compare(so_far, self._reference),
             compare(self._result.gradient, self._reference),
         )
+        # Here, where grad mode is set: without it nothing is held.
+        self._bytes = [_held(self.num_sequences, self.imbalance, steps) for steps in (len(self._result.losses), 1)]
 
     def _show(self) -> None:
-        gradient, memory = self._gradient_rows(), self._memory_rows()
         with self._gradient.hold_sync():
-            self._gradient.limits = [0, max(1.5, *(row["value"] for row in gradient))]
-            self._gradient.rows = gradient
+            # The end counts too, so that the axis stays while the microbatches play.
+            self._gradient.limits = [0, max(1.5, self.ratio, self._finished.ratio)]
+            self._gradient.rows = self._gradient_rows()
             self._gradient.words = self.words()
             self._gradient.drawn = self._drawn
         with self._memory.hold_sync():
             self._memory.limits = [0, self.full_batch_bytes]
-            self._memory.rows = memory
+            self._memory.rows = self._memory_rows()
             self._memory.drawn = self._drawn
 
     def _gradient_rows(self) -> list[dict]:
-        steps = self.gradient_accumulation_steps
+        label = f".grad after {self.played} of {self.gradient_accumulation_steps}"
         return [
-            _row(
-                f"after {self.played} of {steps}",
-                self.ratio,
-                f"{self.ratio:.4f}x",
-                self.rule,
-                f"cosine {self.cosine:.4f}",
-            ),
-            _row(
-                f"after all {steps}",
-                self._finished.ratio,
-                f"{self._finished.ratio:.4f}x",
-                self.rule,
-                f"cosine {self._finished.cosine:.4f}",
-            ),
-            _row("full batch", 1.0, "1.0000x", "neutral", "one backward over all sequences"),
+            _row(label, self.ratio, f"{self.ratio:.4f}x", self.rule, self._direction()),
+            _row("full batch", 1.0, "1.0000x", "neutral", "all sequences at once"),
         ]
+
+    def _direction(self) -> str:
+        return f"cosine {self.cosine:.4f}" if self.played else "no direction yet"
 
     def _memory_rows(self) -> list[dict]:
         one, whole = self.microbatch_bytes, self.full_batch_bytes
         return [
-            _row("one microbatch", one, f"{one:,}", "gradient", f"{one / whole:.4f} of the full batch"),
-            _row("full batch", whole, f"{whole:,}", "neutral", ""),
+            _row("one microbatch", one, f"{one:,}", "neutral", f"{one / whole:.4f} of the full batch"),
+            _row("full batch", whole, f"{whole:,}", "neutral", "all sequences at once"),
         ]
 
     def figure(self) -> Figure:
@@ -184,7 +177,7 @@ class AccumulationLab(Lab):
         tokens = " + ".join(str(count) for count in self._result.num_tokens.tolist())
         return [
             f"Response tokens per microbatch: {tokens}.",
-            f"Against the full batch: length {self.ratio:.4f}x, cosine {self.cosine:.4f}.",
+            f"Against the full batch: length {self.ratio:.4f}x, {self._direction()}.",
             f"Held for backward: {self.microbatch_bytes / self.full_batch_bytes:.2f} of what the full batch holds.",
         ]
 

@@ -71,7 +71,9 @@ function render({ model, el }) {
 
   let bars = [];
   let timer = 0;
-  const widest = { label: 6, text: 6 }; // in digits; grows and never shrinks, so that bars keep their place
+  // In digits. Grows and never shrinks, so that bars keep their place; starts wide enough for most labels, so that the
+  // axes of bars one below the other are as long.
+  const widest = { label: 0, text: 0 };
 
   function makeBar() {
     const bar = {
@@ -196,6 +198,8 @@ function render({ model, el }) {
   };
   for (const [event, handler] of Object.entries(handlers)) model.on(event, handler);
 
+  widen("label", 22);
+  widen("text", 9);
   drawRows();
   drawAxis();
   drawTitle();

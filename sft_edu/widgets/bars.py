@@ -10,7 +10,7 @@ from sft_edu.scaling import RULES
 from sft_edu.widgets.live_view import LiveView, number, records, text, wrong
 
 COLOURS = ("neutral", "prompt", "response", "padding", "gradient", *RULES)
-"""What a bar can be the bar of. bars.css has the colour of each, for light and dark pages."""
+"""What a bar can be the bar of. bars.css has the colour of each, for light and dark pages; plots.py the light ones."""
 
 _HERE = Path(__file__).parent
 

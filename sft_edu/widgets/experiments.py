@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from sft_edu.accumulate import Accumulation, Batch, accumulate, full_batch_gradient, split_minibatch
 from sft_edu.model import TinyLM
 from sft_edu.ragged import ragged_minibatch
+
+_running = threading.Lock()  # the labs share the model, so they take turns at its `.grad`
 
 
 @lru_cache(maxsize=1)
@@ -34,4 +37,5 @@ def accumulated(
 ) -> Accumulation:
     """What `steps` microbatches accumulate to under a rule."""
     microbatches = split_minibatch(minibatch(num_sequences, imbalance), steps)
-    return accumulate(model(), microbatches, rule=rule, keep_running=keep_running)
+    with _running:
+        return accumulate(model(), microbatches, rule=rule, keep_running=keep_running)

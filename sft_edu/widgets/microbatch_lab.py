@@ -98,29 +98,34 @@ class MicrobatchLab(Lab):
 
     def _compute(self) -> None:
         """One real step on a fresh leaf. For `token_mean`, the other microbatches hold as many tokens as this one."""
-        mask = torch.tensor(self.mask)
-        self._trace = Trace()
+        mask, trace = torch.tensor(self.mask), Trace()
         sft_microbatch_train_step(
-            torch.tensor(self.log_probs).requires_grad_(),
+            torch.tensor(self.log_probs, dtype=torch.float32).requires_grad_(),
             mask,
             self.gradient_accumulation_steps,
             self.normalize_constant,
             rule=self.rule,
             minibatch_tokens=max(int(mask.sum()), 1) * self.gradient_accumulation_steps,
-            tap=self._trace,
+            tap=trace,
         )
+        self._trace = trace
 
     def _show(self) -> None:
+        with self._chain.hold_sync():
+            self._chain.stages = stages(self._trace)
+            self._chain.inputs = self._inputs()
+            self._chain.words = self.words()
+            self._chain.detail = self._detail()
+            self._chain.drawn = self._drawn
         with self._token_mask.hold_sync():
             self._token_mask.mask = self.mask
             self._token_mask.values = self.gradient.tolist()
             self._token_mask.tokens = self._texts(self.log_probs)
             self._token_mask.notes = [[f"log p {value:.4f}" for value in row] for row in self.log_probs]
-        with self._chain.hold_sync():
-            self._chain.stages = stages(self._trace)
-            self._chain.words = self.words()
-            self._chain.detail = self._detail()
-            self._chain.drawn = self._drawn
+
+    def _inputs(self) -> dict[str, object]:
+        """For a chain that is drawn ahead of the kernel: see `StageChain.inputs`."""
+        return {}
 
     def _explain(self, change) -> None:
         with self._lock:
@@ -153,7 +158,8 @@ def as_matrix(tensor: torch.Tensor) -> Matrix:
 
 def _tensor(name: str, value: object, shape: torch.Size, expected: str) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(value)
+        # Default dtype and device are those of whoever sets it.
+        tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise traitlets.TraitError(f"{name}: got {value!r}; expected {list(shape)} values {expected}") from error
     if tensor.shape != shape:

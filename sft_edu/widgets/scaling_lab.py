@@ -17,9 +17,9 @@ from sft_edu.scaling import RULES
 from sft_edu.widgets import experiments, state
 from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.lab import Lab, between, labelled
+from sft_edu.widgets.table import html_table, text_table
 
 _SEQUENCES = 8
-_CELL = 'style="text-align: left; padding: 2px 18px 2px 0; white-space: nowrap"'
 _COLUMNS = ("rule", "D", "length", "cosine", "logged loss", "SGD lr", "AdamW step", "clipped")
 
 
@@ -63,12 +63,12 @@ class ScalingLab(Lab):
         return between("max_norm", proposal["value"], 0.01, 100)
 
     def _make(self) -> list[ipywidgets.Widget]:
-        steps = labelled("G", "gradient_accumulation_steps", "230px")
+        steps = labelled("G", "gradient_accumulation_steps", "260px")
         ragged = labelled("imbalance", "of response lengths", "260px")
         norm = labelled("max_norm", "the length at which gradients are clipped", "160px")
         self._control("gradient_accumulation_steps", ipywidgets.IntSlider(min=1, max=_SEQUENCES, **steps))
         self._control("imbalance", ipywidgets.FloatSlider(min=0, max=1, step=0.1, **ragged))
-        self._control("max_norm", ipywidgets.BoundedFloatText(min=0.01, max=100, step=0.5, **norm))
+        self._control("max_norm", ipywidgets.FloatText(step=0.5, **norm))
         self._bars = Bars(
             title="length of the accumulated gradient, full-batch token mean = 1 (logarithmic)",
             limits=[0.1, 1000],
@@ -78,6 +78,15 @@ class ScalingLab(Lab):
         )
         self._table = ipywidgets.HTML()
         return [self._bars, self._table]
+
+    def _by_hand(self, trait: str, value: object) -> None:
+        """A number that was typed and is out of range is answered in words, and taken back."""
+        with self._lock:
+            try:
+                super()._by_hand(trait, value)
+            except traitlets.TraitError as error:
+                self._complaint.value = f'<span role="alert">{escape(str(error))}</span>'
+                self._controls[trait].value = getattr(self, trait)
 
     def _compute(self) -> None:
         reference = experiments.reference(_SEQUENCES, self.imbalance)
@@ -100,10 +109,7 @@ class ScalingLab(Lab):
             self._bars.rows = self._rows()
             self._bars.words = self.words()
             self._bars.drawn = self._drawn
-        cells = [f"<tr>{''.join(f'<td {_CELL}>{escape(cell)}</td>' for cell in line)}</tr>" for line in self._lines()]
-        head = "".join(f'<th scope="col" {_CELL}>{escape(name)}</th>' for name in _COLUMNS)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
-        self._table.value = f'<div style="overflow-x: auto">{table}</div>'
+        self._table.value = html_table(_COLUMNS, self._lines(), left=2)
 
     def _rows(self) -> list[dict]:
         return [
@@ -112,7 +118,7 @@ class ScalingLab(Lab):
                 "value": result["comparison"].ratio,
                 "text": f"{fixed(result['comparison'].ratio)}x",
                 "colour": rule,
-                "note": RULES[rule].formula,
+                "note": f"D = {RULES[rule].formula}, cosine {fixed(result['comparison'].cosine)}",
             }
             for rule, result in self.results.items()
         ]
@@ -138,11 +144,7 @@ class ScalingLab(Lab):
         )
 
     def numbers(self) -> list[str]:
-        lines = [_COLUMNS, *self._lines()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-        return [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
+        return text_table(_COLUMNS, self._lines())
 
     def words(self) -> str:
         exact = [rule for rule, result in self.results.items() if result["comparison"].relative_error < 1e-12]

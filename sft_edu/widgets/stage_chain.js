@@ -1,8 +1,11 @@
 // Steps as boxes from left to right. Boxes are made once for a number of stages; after that only texts change.
+// The functions of step_ahead.js and inputs_ahead.js stand above this line when it runs; stage_chain.py puts them there.
 
 const PARTS = ["name", "symbolic", "numeric", "value"];
 const QUIET = 800; // milliseconds without a change, before words are read out
+const LATE = 150; // milliseconds of waiting for the kernel, after which the page looks like it
 const HINT = "Press a step to see more of it.";
+const AHEAD = "worked out by the page; the kernel has yet to answer";
 
 function make(tag, className) {
   const node = document.createElement(tag);
@@ -41,6 +44,9 @@ function render({ model, el }) {
   let current = 0; // the box that holds the tab stop
   let asking = false; // this view has selected a stage and is to read out the answer
   let timer = 0;
+  let inputs = null; // of the numbers; null where none can be drawn ahead of the kernel
+  let unfollow = () => {};
+  let waiting = 0;
 
   function announce(text, delay) {
     clearTimeout(timer);
@@ -63,8 +69,26 @@ function render({ model, el }) {
     return box;
   }
 
-  function drawStages() {
+  function follow() {
+    unfollow();
+    const ahead = model.widget_manager && model.get("ahead"); // some hosts have no other models to show
+    inputs = ahead ? new Inputs(model.get("inputs")) : null;
+    unfollow = ahead ? followControls(model.widget_manager, ahead.controls, inputs, drawStages) : () => {};
+    drawStages();
+  }
+
+  // The kernel's stages or, while it has yet to answer what the controls show, the same with the page's own texts; and
+  // whether these are the page's.
+  function stagesNow() {
     const stages = model.get("stages");
+    inputs?.answer(model.get("inputs"));
+    const isAhead = Boolean(inputs) && !inputs.areAnswered;
+    const texts = isAhead && stagesAhead({ ...inputs.now, rule: model.get("ahead").rules[inputs.now.rule] });
+    return [texts ? stages.map((stage) => ({ ...stage, ...texts[stage.name] })) : stages, Boolean(texts)];
+  }
+
+  function drawStages() {
+    const [stages, areAhead] = stagesNow();
     names = stages.map((stage) => stage.name);
     if (stages.length !== boxes.length) {
       const hadFocus = row.contains(document.activeElement);
@@ -82,10 +106,24 @@ function render({ model, el }) {
       write(box.value, stage.value);
       box.value.classList.toggle("sft-edu-chain-long", stage.value.length > 12);
       for (const part of PARTS) {
-        if (box[part].title !== box[part].textContent) box[part].title = box[part].textContent; // in case it is cut
+        const title = box[part].textContent + (areAhead && part === "value" ? `: ${AHEAD}` : "");
+        if (box[part].title !== title) box[part].title = title; // in case it is cut
       }
     });
+    drawAhead(areAhead);
     drawHead();
+  }
+
+  // The numbers are marked at once; the rest only if it takes long, or it would flicker at every key.
+  function drawAhead(areAhead) {
+    root.dataset.ahead = String(areAhead);
+    if (areAhead) {
+      waiting ||= setTimeout(() => (root.dataset.late = "true"), LATE);
+    } else {
+      clearTimeout(waiting);
+      waiting = 0;
+      root.dataset.late = "false";
+    }
   }
 
   function drawSelected() {
@@ -171,6 +209,8 @@ function render({ model, el }) {
 
   const handlers = {
     "change:stages": drawStages,
+    "change:inputs": drawStages,
+    "change:ahead": follow,
     "change:selected": drawSelected,
     "change:detail": drawDetail,
     "change:_answered": drawAnswer,
@@ -182,13 +222,15 @@ function render({ model, el }) {
   row.addEventListener("keydown", onKeydown);
   row.addEventListener("focusin", onFocus);
 
-  drawStages();
+  follow();
   drawSelected();
   write(words, model.get("words"));
   write(live, model.get("words"));
   drawCount();
   return () => {
     clearTimeout(timer);
+    clearTimeout(waiting);
+    unfollow();
     for (const [event, handler] of Object.entries(handlers)) model.off(event, handler);
     root.remove();
   };

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import traitlets
+from ipywidgets import widget_serialization
 
 from sft_edu.widgets.live_view import LiveView, records, text, texts, wrong
 
@@ -24,14 +25,24 @@ class StageChain(LiveView):
         detail: lines about the selected stage. When a hand selects another one, the page hides them until the observers
             of `selected` have run.
         words: a sentence or two on what the chain shows, read out once they have stopped changing.
+        ahead: None, or what the page needs to draw the numbers of a `StepLab` before the kernel has computed them (see
+            `step_ahead.py`). Such numbers are marked until the kernel's own have come.
+        inputs: with `ahead`, what `stages` were computed from: steps, constant, rule, mask and log_probs. Set it in the
+            same message as `stages`, and before the controls: it tells an answer from one that a hand has overtaken.
     """
 
-    _esm = _HERE / "stage_chain.js"
+    # One text, because anywidget loads one file and a widget cannot import its neighbour. The other two keep their
+    # exports, which do no harm here, so that the tests can import them alone.
+    _esm = "\n".join(
+        (_HERE / name).read_text(encoding="utf-8") for name in ("step_ahead.js", "inputs_ahead.js", "stage_chain.js")
+    )
     _css = _HERE / "stage_chain.css"
     stages = traitlets.List().tag(sync=True)
     selected = traitlets.Unicode().tag(sync=True)
     detail = traitlets.List().tag(sync=True)
     words = traitlets.Unicode().tag(sync=True)
+    ahead = traitlets.Dict(default_value=None, allow_none=True).tag(sync=True, **widget_serialization)
+    inputs = traitlets.Dict().tag(sync=True)
     _answered = traitlets.Unicode().tag(sync=True)  # the selection that `detail` is about
     _asked = False
 

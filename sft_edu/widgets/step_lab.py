@@ -14,7 +14,9 @@ from sft_edu.scaling import RULES
 from sft_edu.widgets import state
 from sft_edu.widgets.lab import between, labelled, one_of
 from sft_edu.widgets.microbatch_lab import MicrobatchLab
+from sft_edu.widgets.step_ahead import ahead_of
 from sft_edu.widgets.step_view import token_gradient
+from sft_edu.widgets.token_slider import TokenSlider
 
 _LOG_PROBS = ((-0.5, -0.3, -0.8, -0.2), (-0.4, -0.6, -0.3, -0.5))
 _MASK = ((1, 1, 0, 1), (1, 1, 1, 1))
@@ -86,24 +88,47 @@ class StepLab(MicrobatchLab):
 
     def _make(self) -> list[ipywidgets.Widget]:
         views = super()._make()
-        steps = labelled("G", "gradient_accumulation_steps", "190px")
-        constant = labelled("c", "normalize_constant", "90px")
-        rule = labelled("rule", "the denominator", "200px")
-        log_prob = labelled("log p", "the log-prob of the token in focus", "190px")
-        self._control("gradient_accumulation_steps", ipywidgets.IntSlider(min=1, max=32, **steps))
-        self._control("normalize_constant", ipywidgets.BoundedFloatText(min=0.1, max=100, step=0.5, **constant))
-        self._control("rule", ipywidgets.Dropdown(options=list(RULES), **rule))
-        self._control("focused_log_prob", ipywidgets.FloatSlider(min=-10, max=0, step=0.1, **log_prob))
+        steps = ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "190px"))
+        constant = ipywidgets.BoundedFloatText(
+            min=0.1, max=100, step=0.5, **labelled("c", "normalize_constant", "90px")
+        )
+        rule = ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "200px"))
+        log_prob = TokenSlider(
+            min=-10, max=0, step=0.1, **labelled("log p", "the log-prob of the token in focus", "190px")
+        )
+        self._control("gradient_accumulation_steps", steps)
+        self._control("normalize_constant", constant)
+        self._control("rule", rule)
+        self._control("focused_log_prob", log_prob)
+        self._chain.ahead = ahead_of(
+            steps=steps, constant=constant, rule=rule, mask=self._token_mask, log_prob=log_prob
+        )
         return views
+
+    def _inputs(self) -> dict[str, object]:
+        return {
+            "steps": self.gradient_accumulation_steps,
+            "constant": self.normalize_constant,
+            "rule": self.rule,
+            "mask": self.mask,
+            "log_probs": self.log_probs,
+        }
+
+    def _show(self) -> None:
+        super()._show()
+        self._turn_slider()
 
     def _explain(self, change) -> None:
         super()._explain(change)
         with self._lock:
             before, self._writing = self._writing, True  # the slider turns to another token: nobody moved it
             try:
-                self._controls["focused_log_prob"].value = self.focused_log_prob
+                self._turn_slider()
             finally:
                 self._writing = before
+
+    def _turn_slider(self) -> None:
+        self._controls["focused_log_prob"].turn(self._token_mask.focused, self.focused_log_prob)
 
     def _written(self) -> dict[str, tuple[str, state.Kind]]:
         unchanged = self.log_probs == self._first_log_probs

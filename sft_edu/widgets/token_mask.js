@@ -40,6 +40,7 @@ function render({ model, el }) {
   let current = 0; // the chip touched last; it holds the tab stop
   let touched = false; // by anybody, yet
   let hovered = -1;
+  let byKeys = false; // the last thing that happened here; a pointer at rest has nothing to say then
   let drag = null; // a stroke of the pointer
   let reach = null; // a stroke of Shift and the arrow keys
   let strokeState = 0;
@@ -151,9 +152,9 @@ function render({ model, el }) {
     else chip.style.removeProperty("--sft-edu-text");
   }
 
-  // What one looks at, in words: the chip under the pointer, or else the one in focus.
+  // What one looks at, in words: the chip under the pointer, or the one in focus, whichever was moved last.
   function drawReadout() {
-    const index = hovered >= 0 ? hovered : chips.indexOf(document.activeElement);
+    const index = hovered >= 0 && !byKeys ? hovered : chips.indexOf(document.activeElement);
     const text = index >= 0 ? labels[index] : HINT;
     if (readout.textContent !== text) readout.textContent = text;
   }
@@ -351,6 +352,10 @@ function render({ model, el }) {
     },
 
     pointermove(event) {
+      if (byKeys) {
+        byKeys = false;
+        drawReadout();
+      }
       if (event.pointerId !== drag?.pointer) return;
       const to = pointOf(event);
       if (drag.waiting) {
@@ -445,6 +450,7 @@ function render({ model, el }) {
 
     focusin(event) {
       const index = chipOf(event);
+      byKeys = event.target.matches(":focus-visible");
       if (index >= 0 && index !== current) touch(index);
       touched = true;
       drawReadout();
@@ -458,6 +464,7 @@ function render({ model, el }) {
   };
 
   function take(event) {
+    byKeys = true;
     event.preventDefault();
     event.stopPropagation();
   }

@@ -35,6 +35,7 @@ PLACES = """chain => [...chain.querySelectorAll('.sft-edu-chain-value')].map(val
   const { left, top, width, height } = range.getBoundingClientRect();
   return [left, top, width, height];
 })"""
+COLOUR = "node => getComputedStyle(node).color"
 # Every state of the numbers that a frame could have shown, beginning with the present one.
 RECORD = """chain => {
   const values = [...chain.querySelectorAll('.sft-edu-chain-value')];
@@ -123,6 +124,7 @@ def test_numbers_are_there_before_the_kernel_and_are_marked_until_it_answers(des
     desk.page.wait_for_timeout(500)
     assert desk.chain.get_attribute("data-ahead") == "true"
     assert words.inner_text() == before
+    faint = words.evaluate(COLOUR)
     places = desk.chain.evaluate(PLACES)
     seen = desk.record()
     desk.page.evaluate("release()")
@@ -130,6 +132,7 @@ def test_numbers_are_there_before_the_kernel_and_are_marked_until_it_answers(des
     assert {tuple(values) for _, *values in seen.json_value()} == {tuple(desk.values.all_inner_texts())}
     assert "loss 4.7078, scaled_loss 1.5693" in desk.kernel("repr(lab).replace('\\n', ' ')")
     assert words.inner_text() != before
+    assert words.evaluate(COLOUR) != faint
     assert desk.chain.evaluate(PLACES) == places
 
 
