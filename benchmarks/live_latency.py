@@ -63,7 +63,7 @@ from sft_edu.widgets import StepLab
 lab = StepLab()
 lab
 """
-PAUSE = 0.5  # seconds from a picture to the next single key, which then finds page and kernel at rest
+PAUSE = 0.15  # seconds from a picture to the next single key, which then finds page and kernel at rest
 FRAME = 1000 / 60  # milliseconds
 PYTHON = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 # Resident memory, comms, and figures that are still there.
@@ -79,7 +79,7 @@ def left():
 WATCH = """
 () => {
   const output = [...document.querySelectorAll('.jp-CodeCell')].at(-1).querySelector('.jp-OutputArea');
-  const notes = { events: [], pictures: [], numbers: [], chips: [] };
+  const notes = { events: [], pictures: [], numbers: [], stages: [], chips: [] };
   const waiting = [];
   const note = kind => requestAnimationFrame(now => {
     notes[kind].push(performance.now());
@@ -93,6 +93,8 @@ WATCH = """
   seen(output.querySelector('.sft-edu-chip'), { attributeFilter: ['aria-pressed'] }, 'chips');
   const chain = output.querySelector('.sft-edu-chain');
   if (chain) {
+    const loss = [...chain.querySelectorAll('.sft-edu-chain-value')].at(-1);
+    seen(loss, { childList: true, characterData: true, subtree: true }, 'stages'); // once: the kernel gives the same
     seen(chain, { attributeFilter: ['data-drawn'] }, 'pictures');
   } else {
     new MutationObserver(changes => {
@@ -123,7 +125,7 @@ class Way:
     lab: LabPage
     renderer: psutil.Process
     latencies: list[float] = field(default_factory=list)
-    first_paints: dict[str, list[float]] = field(default_factory=lambda: {"number": [], "chip": []})
+    first_paints: dict[str, list[float]] = field(default_factory=lambda: {"number": [], "stages": [], "chip": []})
     painted: list[int] = field(default_factory=list)
     settled: list[float] = field(default_factory=list)
     last_shown: list[bool] = field(default_factory=list)
@@ -158,14 +160,17 @@ class Way:
         notes = self.press(count, PAUSE)
         self.latencies += _differences(notes["events"], notes["pictures"])
         self.first_paints["number"] += _differences(notes["events"], notes["numbers"])
+        if notes["stages"]:
+            self.first_paints["stages"] += _differences(notes["events"], notes["stages"])
 
     def measure_chip(self, count: int) -> None:
         page = self.lab.page
-        chip = self.output.locator(".sft-edu-chip").first
+        self.output.locator(".sft-edu-chip").first.hover()
         for _ in range(count):
             page.evaluate("bench.take()")
             time.sleep(PAUSE)
-            chip.click()
+            page.mouse.down()
+            page.mouse.up()
             page.evaluate("bench.painted('chips', 1)")
             page.evaluate("bench.painted('pictures', 1)")
             notes = page.evaluate("bench.take()")
@@ -196,10 +201,7 @@ class Way:
         return self.kernel("", "shown[-1]")
 
     def left(self) -> tuple[float, ...]:
-        """Megabytes of the kernel and of the page, DOM nodes, comms and figures."""
-        session = self.lab.page.context.new_cdp_session(self.lab.page)
-        session.send("HeapProfiler.collectGarbage")
-        session.detach()
+        """Megabytes of the kernel and of the page, as the browser leaves it, DOM nodes, comms and figures."""
         kernel, comms, figures = self.kernel(LEFT_IN_KERNEL, "left()")
         nodes = self.lab.page.evaluate("document.querySelectorAll('*').length")
         return kernel / 2**20, self.renderer.memory_info().rss / 2**20, nodes, comms, figures
@@ -266,7 +268,7 @@ def report(ours: Way, theirs: Way) -> None:
         ("key to picture, median ms", *(f"{statistics.median(one.latencies):.0f}" for one in ways)),
         ("key to picture, p95 ms", *(f"{p95(one.latencies):.0f}" for one in ways)),
     ]
-    for kind in ("number", "chip"):
+    for kind in ("number", "stages", "chip"):
         paints = [one.first_paints[kind] for one in ways]
         rows.append(
             (
@@ -302,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer keys and updates")
     parser.add_argument("--updates", type=int, default=1000, help="for the growth of StepLab")
-    parser.add_argument("--their-updates", type=int, default=120, help="for the growth of interact, which is slow")
+    parser.add_argument("--their-updates", type=int, default=1000, help="for the growth of interact")
     choice = parser.parse_args()
     if find_chromium() is None:
         print("skipped: Chromium is missing; on Debian and Ubuntu: sudo apt-get install chromium")

@@ -396,6 +396,7 @@ def test_the_report_reads_well():
         "  sequences-missing  With the split [1, 1] nothing comes from sequence 0.",
         "  depends-on-split   Smallest counterexample: 2 sequences of 5, 2 response tokens, split [1, 1]: "
         "71.93% off the same sequences in one microbatch.",
+        "Some sequences of the minibatch train nothing.",
     ]
 
 

@@ -95,8 +95,9 @@ def test_a_hand_gets_the_right_numbers_while_a_cell_is_busy(labs: Labs):
     press(labs, "accumulation", "slider", "played", "End")
     press(labs, "scaling", "slider", "imbalance", "ArrowRight")
     expect(prompt(labs)).not_to_have_text("[*]:", timeout=70 * SECONDS)
+    labs.settle("(step.gradient_accumulation_steps, step.num_tokens)", (5, 8))
+    labs.settle("(accumulation.num_sequences, accumulation.played)", (11, 4))
     labs.settle("scaling.imbalance", 0.6)
-    labs.settle("accumulation.played", 4)
 
     assert labs.ask("(was_grad, was_device)", AFTERWARDS) == (False, "meta")
     assert labs.ask("answered_meanwhile") != waits
