@@ -165,7 +165,7 @@ INCIDENTS: dict[str, Incident] = {
         source="https://github.com/huggingface/trl/issues/3781",
     ),
     "partial window": Incident(
-        symptom="At the end of each epoch the logged gradient norm is half of what it was.",
+        symptom="The last optimizer step of each epoch is smaller than the others.",
         cause="The last window of an epoch holds fewer microbatches, and is divided by the configured G.",
         broken=configured_window,
         fixed=actual_window,

@@ -46,9 +46,9 @@ class Bug:
 
 BUGS: Mapping[str, Bug] = MappingProxyType(
     {
-        "G_twice": Bug("divided by G twice", "N·G", lambda counts: counts["N"] * counts["G"], "notes"),
-        "no_G": Bug("not divided by G", "N/G", lambda counts: counts["N"] / counts["G"]),
-        "no_N": Bug("not divided by N", "1", lambda counts: 1),
+        "G_twice": Bug("one G too many", "N·G", lambda counts: counts["N"] * counts["G"], "notes"),
+        "no_G": Bug("one G too few", "N/G", lambda counts: counts["N"] / counts["G"]),
+        "no_N": Bug("no N", "1", lambda counts: 1),
         "no_minus": Bug("minus sign forgotten", "-N", lambda counts: -counts["N"]),
         "mean_of_means": Bug("mean of means", "n·G", lambda counts: counts["n"] * counts["G"], "microbatch_token_mean"),
     }

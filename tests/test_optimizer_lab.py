@@ -21,7 +21,7 @@ SGD               0.1250x  0.1250x  1.0000  1.0000   exact  0.8750  -           
 AdamW             0.9968x  0.9968x  0.9999  0.9999   exact  0.0174  -            -
 SGD + clipping    0.2057x  0.2057x  1.0000  1.0000   exact  0.7943  1 of 1       0 of 1
 AdamW + clipping  0.9971x  0.9971x  0.9999  0.9999   exact  0.0155  1 of 1       0 of 1
-Divided by G twice: D is N·G instead of N. After 1 step, AdamW and AdamW + clipping hide it: their
+One G too many: D is N·G instead of N. After 1 step, AdamW and AdamW + clipping hide it: their
 changes are within 5% of the right one. The formula knows the first step only; it is exact in 4 of 4
 rows."""
 

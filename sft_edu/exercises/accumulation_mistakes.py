@@ -47,7 +47,11 @@ def _wrong_divisors(sums: torch.Tensor, tokens: torch.Tensor, sequences: torch.T
         ("sum-of-means", f"{own_mean}. {right}.", means),
         ("not-divided", f"The sum is not divided at all. {right}.", total),
         ("divided-by-g", f"The sum is divided by G alone. {right}.", total / steps),
-        ("notes", f"The sum is divided by G twice, as in the course notes. {right}, once.", total / steps**2),
+        (
+            "notes",
+            f"The sum is divided by G twice, as in the course notes, and not by its tokens. {right}, once.",
+            total / steps**2,
+        ),
         ("sequence-mean", f"That is a mean over sequences. {right}.", total / sequences.sum()),
         (
             "microbatch-sequence-mean",

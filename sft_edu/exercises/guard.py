@@ -18,7 +18,11 @@ Case = TypeVar("Case")
 
 # Part of what autograd says, and the mistake and hint that belong to it.
 _ERRORS = {
-    "does not require grad": ("no-graph", "The log-probs have no graph: look for no_grad, detach or item on the way."),
+    "does not require grad": (
+        "no-graph",
+        "There is no graph here. sft_microbatch_train_step runs backward itself and returns its loss detached. In a "
+        "loss of your own, look for no_grad, detach or item.",
+    ),
     "a second time": ("second-backward", "Backward ran twice through one graph. Run one backward for each forward."),
     "can be implicitly created only for scalar": ("not-a-scalar", "Backward starts at one number. Sum first."),
 }

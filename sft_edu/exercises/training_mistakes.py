@@ -121,7 +121,20 @@ def _by_events(events: str, moved: bool, minibatches: Minibatches) -> tuple[str,
             "One microbatch of each minibatch is trained, not all of them.",
         ),
     }
-    return patterns.get(events)
+    return patterns.get(events) or _by_fixed_window(events, minibatches)
+
+
+def _by_fixed_window(events: str, minibatches: Minibatches) -> tuple[str, str] | None:
+    """A step after every k microbatches, whatever the minibatch has."""
+    windows = {len(window) for window in events.split("s")[:-1]}
+    sizes = [len(window) for window in minibatches]
+    if len(windows) != 1 or windows <= {0, 1} or windows == set(sizes):
+        return None
+    return (
+        "fixed-window",
+        f"The optimizer steps after every {windows.pop()} microbatches. The minibatches here have "
+        f"{', '.join(map(str, sizes))}; the end of each is where a step belongs.",
+    )
 
 
 def _by_habits(weights: torch.Tensor, events: str, minibatches: Minibatches) -> tuple[str, str] | None:
