@@ -1,6 +1,5 @@
 """What frameworks divide by: our formulas beside the rules, and beside the framework that is installed here."""
 
-import importlib.util
 import itertools
 import re
 from html import unescape
@@ -200,7 +199,6 @@ def real_trainer_gradient(folder, *, model_takes_num_items):
     return seen["gradient"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the Trainer needs accelerate")
 @pytest.mark.parametrize(("model_takes_num_items", "is_now", "is_not"), [(True, SINCE, BEFORE), (False, BEFORE, SINCE)])
 def test_the_real_trainer_accumulates_what_the_formula_says(tmp_path, model_takes_num_items, is_now, is_not):
     gradient = real_trainer_gradient(tmp_path, model_takes_num_items=model_takes_num_items)
