@@ -77,7 +77,7 @@ def test_the_step_lab_opens_on_the_worked_example():
 def test_the_slider_the_constant_and_the_rule_move_the_gradient(rule):
     lab = StepLab()
     find(lab, ipywidgets.IntSlider)[0].value = 5
-    find(lab, ipywidgets.BoundedFloatText)[0].value = 2.5
+    find(lab, ipywidgets.FloatText)[0].value = 2.5
     find(lab, ipywidgets.Dropdown)[0].value = rule
     assert (lab.gradient_accumulation_steps, lab.normalize_constant, lab.rule) == (5, 2.5, rule)
     torch.testing.assert_close(lab.gradient, expected_gradient(lab), rtol=1e-6, atol=0)

@@ -116,8 +116,16 @@ class Lab(ipywidgets.VBox):
 
     def _by_hand(self, trait: str, value: object) -> None:
         with self._lock:
-            if not self._writing:
+            if self._writing:
+                return
+            try:
                 setattr(self, trait, value)
+            except traitlets.TraitError as error:  # typed, and out of range: answered in words, and taken back
+                self._complain(error)
+                self._controls[trait].value = getattr(self, trait)
+
+    def _complain(self, error: Exception) -> None:
+        self._complaint.value = f'<span role="alert">{escape(str(error))}</span>'
 
     def _state_by_hand(self, change) -> None:
         with self._lock:
@@ -126,7 +134,7 @@ class Lab(ipywidgets.VBox):
             try:
                 self.state = change["new"]
             except (ValueError, traitlets.TraitError) as error:
-                self._complaint.value = f"<span>{escape(str(error))}</span>"
+                self._complain(error)
 
     def _apply(self, settings: dict[str, object]) -> None:
         """Set all of them, or none if one is refused; then compute and draw once."""
@@ -153,7 +161,7 @@ class Lab(ipywidgets.VBox):
         """Compute and draw. Grad mode and device belong to the thread, and nobody knows on which this runs."""
         self._writing = True  # or a control would set its trait again while others still hold old values
         try:
-            with torch.enable_grad(), torch.device("cpu"):
+            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
                 self._compute()
             self._drawn += 1
             self._show()  # first: what the hand waits for

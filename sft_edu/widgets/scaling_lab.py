@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import ClassVar
 
 import ipywidgets
@@ -78,15 +77,6 @@ class ScalingLab(Lab):
         )
         self._table = ipywidgets.HTML()
         return [self._bars, self._table]
-
-    def _by_hand(self, trait: str, value: object) -> None:
-        """A number that was typed and is out of range is answered in words, and taken back."""
-        with self._lock:
-            try:
-                super()._by_hand(trait, value)
-            except traitlets.TraitError as error:
-                self._complaint.value = f'<span role="alert">{escape(str(error))}</span>'
-                self._controls[trait].value = getattr(self, trait)
 
     def _compute(self) -> None:
         reference = experiments.reference(_SEQUENCES, self.imbalance)

@@ -88,10 +88,8 @@ class StepLab(MicrobatchLab):
 
     def _make(self) -> list[ipywidgets.Widget]:
         views = super()._make()
-        steps = ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "190px"))
-        constant = ipywidgets.BoundedFloatText(
-            min=0.1, max=100, step=0.5, **labelled("c", "normalize_constant", "90px")
-        )
+        steps = ipywidgets.IntSlider(min=1, max=32, **labelled("G", "gradient_accumulation_steps", "260px"))
+        constant = ipywidgets.FloatText(step=0.5, **labelled("c", "normalize_constant", "90px"))
         rule = ipywidgets.Dropdown(options=list(RULES), **labelled("rule", "the denominator", "200px"))
         log_prob = TokenSlider(
             min=-10, max=0, step=0.1, **labelled("log p", "the log-prob of the token in focus", "190px")
