@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 _MODULE_NAME = "_sft_edu_target"  # not "__main__", so that a guarded main part does not run
 
@@ -82,10 +82,16 @@ def _load_module(name: str) -> ModuleType:
 
 def _function(module: ModuleType, place: str, name: str) -> Callable[..., object]:
     found: object = module
+    owner: object = None
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise TargetError(f"{place}: there is no {name} in it.{_what_it_has(module)}")
-        found = getattr(found, part)
+        try:
+            owner, found = found, getattr(found, part)
+        except AttributeError:
+            raise TargetError(f"{place}: there is no {name} in it.{_what_it_has(module)}") from None
+        except Exception as error:  # a module may have a __getattr__ of its own
+            raise TargetError(_own_traceback(error)) from None
+    if isinstance(owner, type) and isinstance(vars(owner).get(part), FunctionType):
+        raise TargetError(f"{place}: {name} is a method; name a function that makes its object and calls it")
     if not callable(found):
         raise TargetError(f"{place}: {name} is {type(found).__name__}; expected a function")
     return found

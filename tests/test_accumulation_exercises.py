@@ -338,3 +338,4 @@ def test_a_wrong_denominator_gets_the_hint_for_its_mistake(denominator, hint):
     verdict = check_denominator(denominator)
     assert not verdict.passed
     assert hint in verdict.message
+    assert "Judged" not in verdict.message

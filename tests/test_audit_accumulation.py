@@ -195,7 +195,7 @@ LOOPS = {
         loop(lambda x, m, g, n, s: -(x * m).sum() / n + (0 * x.sqrt().sum() if len(x) == 1 else 0)),
         *("token_mean", "token_mean", "N", ("uneven-weights", "nan-on-empty-mask")),
     ),
-    "adds a parameter": (adds_a_parameter, None, None, "no gradient", ("no-backward", "changes-parameters")),
+    "adds a parameter": (adds_a_parameter, None, None, "not measured", ("changes-parameters",)),
     "raises for one": (raises_for_one_sequence, "token_mean", "token_mean", "N", ("raises",)),
 }
 
@@ -389,7 +389,7 @@ def test_bad_arguments_are_named(arguments, error, text):
 
 def test_the_report_reads_well():
     assert str(audit_of("zeroes inside")).splitlines() == [
-        "forgets_all_but_the_last: token_mean, D = N",
+        "forgets_all_but_the_last: not the full batch's gradient; each microbatch: token_mean, D = N",
         "Largest distance from the full batch, over all splits: token_mean 91.7%, sequence_mean 96.5%, "
         "sequence_token_mean 93.2%, sum 99.4%.",
         "2 problems found in 63 runs:",
@@ -405,3 +405,13 @@ def test_the_html_is_escaped():
     audit = AccumulationAudit(evil, None, evil, evil, False, {evil: 1.0}, None, (evil,), {evil: evil}, evil, 1)
     assert "<img" not in audit._repr_html_()
     assert audit._repr_html_().count("&lt;img") == 7
+
+
+def test_a_loop_that_skips_the_last_microbatch_is_not_said_to_train_nothing():
+    def skips(model, microbatches):
+        for batch in microbatches[:-1]:
+            model(batch["input_ids"]).sum().backward()
+
+    audit = audit_accumulation(skips, minibatch=ragged_minibatch(3, imbalance=1.0))
+    assert audit.problems == ("sequences-missing",)
+    assert audit.details["sequences-missing"] == ("With the split [3] nothing is trained, with [1, 1, 1] something is.")

@@ -288,7 +288,7 @@ def test_the_reports_on_the_page_are_the_real_ones():
             loss.backward()
 
     assert str(audit_step(step)) == printed_after("step: sequence_mean")
-    assert str(audit_accumulation(run_minibatch)) == printed_after("run_minibatch: microbatch_token_mean")
+    assert str(audit_accumulation(run_minibatch)) == printed_after("run_minibatch: not the full batch")
 
 
 def test_the_page_lists_every_rule_and_every_problem_in_order():
@@ -299,3 +299,17 @@ def test_the_page_lists_every_rule_and_every_problem_in_order():
     assert rows == [code for table in tables.values() for code in table]
     for name, known in KNOWN.items():
         assert f"| `{name}` | {known.formula} |" in DOCS
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "text"),
+    [
+        ("class T:\n    def step(self, lp, m, G): ...\n", "T.step", "T.step is a method"),
+        ("def __getattr__(name):\n    raise RuntimeError('lazy')\n", "step", "RuntimeError: lazy"),
+    ],
+)
+def test_what_cannot_be_a_step_is_not_called(folder, capsys, source: str, name: str, text: str):
+    (folder / "odd.py").write_text(source)
+    status, out, err = run(capsys, "audit", f"{folder / 'odd.py'}:{name}")
+    assert status == 2
+    assert text in out + err

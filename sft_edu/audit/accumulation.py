@@ -87,6 +87,7 @@ class _LoopAudit:
     def run(self) -> AccumulationAudit:
         whole = self._run(range(self.total), [self.total])
         if whole.gradient is None:
+            self._look_for_a_skipped_microbatch()
             return self._report("no gradient" if "no-backward" in self.found else "not measured")
         splits = [self._run(range(self.total), sizes) for sizes in compositions(self.total)]
         if not _same(splits[0], whole):
@@ -109,6 +110,15 @@ class _LoopAudit:
         }
         return self._report(formula, objective, rule, errors, self._counterexample(runs))
 
+    def _look_for_a_skipped_microbatch(self) -> None:
+        """A loop that leaves out the first or last microbatch trains nothing where there is only one."""
+        ones = [1] * self.total
+        if "no-backward" in self.found and self.probe(range(self.total), ones, ()).gradient is not None:
+            del self.found["no-backward"]
+            self._note(
+                "sequences-missing", f"With the split {[self.total]} nothing is trained, with {ones} something is."
+            )
+
     def _run(self, rows: Sequence[int], sizes: Sequence[int], cleared: Sequence[int] = ()) -> Run:
         """One run of the loop; what it does besides leaving a gradient is noted."""
         run = self.probe(rows, sizes, cleared)
@@ -122,7 +132,7 @@ class _LoopAudit:
         if run.gradient is not None and not run.gradient.isfinite().all() and not cleared:
             self._note("uneven-weights", f"With the split {list(sizes)} the gradient is not finite.")
             return replace(run, gradient=None)
-        if run.gradient is None and not run.error and not cleared:
+        if run.gradient is None and not run.error and not cleared and "parameters" not in run.changed:
             used = any(parameter.grad is not None for parameter in self.given.parameters())
             other = " One is in the model outside: use the one that the loop is given." if used else ""
             self._note("no-backward", f"With the split {list(sizes)} .grad is None or 0 afterwards.{other}")

@@ -125,7 +125,8 @@ class AccumulationAudit:
         return f"<p>{head}</p>{table_html(rows)}<p>{html.escape(self.consequence)}</p>"
 
     def _head(self) -> list[str]:
-        found = f"the full batch's {self.objective}" if self.objective else self.rule or "no rule with a name"
+        no_objective = f"not the full batch's gradient; each microbatch: {self.rule or 'no rule with a name'}"
+        found = f"the full batch's {self.objective}" if self.objective else no_objective
         lines = [f"{self.name}: {found}, D = {self.formula}"]
         if self.errors:
             errors = ", ".join(f"{name} {_error(error)}" for name, error in self.errors.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from math import isnan, nan
 
-from sft_edu.audit import findings as findings
+from sft_edu.audit import findings
 from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Point, number, recover, series
 from sft_edu.audit.probe import Outcome, Probe, name_of, printable
 from sft_edu.audit.probe_cases import SYMBOLS, Case, Cases

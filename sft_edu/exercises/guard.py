@@ -62,7 +62,7 @@ def call(function: Callable, *arguments, quiet: bool = False, **keywords) -> obj
     try:
         with plain_settings() if quiet else _as_before():
             result = function(*arguments, **keywords)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Judged):
         raise
     except BaseException as error:  # SystemExit too: whatever it raises is something to tell the learner
         text = describe(error)
