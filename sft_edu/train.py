@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -168,8 +169,7 @@ class Training:
     def minibatch(self) -> list[list[Encoded]]:
         """The microbatches of the optimizer step at hand."""
         epoch, window = divmod(self.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.config.seed + epoch)
-        order = torch.randperm(len(self.examples), generator=generator)
+        order = _order(len(self.examples), self.config.seed + epoch)
         chosen = order[window * self.minibatch_size : (window + 1) * self.minibatch_size]
         return [[self.examples[i] for i in part] for part in chosen.split(self.config.microbatch_size)]
 
@@ -277,6 +277,12 @@ class Training:
         self.step = state["step"]
         on_device = {name: value.to(self.device, copy=True) for name, value in state["sums"].items()}
         self._window = _Window(state["microbatch"], on_device, [flags.to(self.device) for flags in state["flags"]])
+
+
+@lru_cache(maxsize=1)
+def _order(num_examples: int, seed: int) -> torch.Tensor:
+    """The order of an epoch, which every microbatch of it asks for."""
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:
