@@ -1,27 +1,91 @@
 """Run somebody else's code and leave the process as it was.
 
-Covered: random number generators (Python's, torch's on the CPU and on an accelerator that is in use, numpy's if it is
-loaded), grad mode, inference mode, autocast, anomaly detection, default dtype and device, number of threads,
-deterministic algorithms, warning filters, `sys.stdout` and `sys.stderr`. Files, the environment, signal handlers and
-code that ends the process are out of reach.
+Covered, of torch: random number generators on the CPU and on an accelerator that is in use, grad mode, inference mode,
+autocast, anomaly detection, default dtype and device, threads, deterministic algorithms, precision of float32 products,
+cuDNN's and the attention kernels' switches, print options, modes and saved-tensor hooks that were entered and not left.
+Of Python: its random number generator, warning filters, the root logger, the hooks, streams and limits in `sys`,
+`sys.path`, garbage collection, the current folder, the environment and signal handlers. Of numpy, if it is loaded: its
+random number generator, error handling and print options.
+
+Out of reach: files, timers, threads that were started, functions of other modules that were replaced, and code that
+ends the process.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 
 import torch
 from torch import overrides
-from torch.utils import _device
+from torch.utils import _device, _python_dispatch
 
-_SETTINGS: tuple[tuple[Callable[[], object], Callable[[object], object]], ...] = (
+Setting = tuple[Callable[[], object], Callable[[object], object]]
+
+
+def _attribute(owner: object, name: str) -> Setting:
+    return partial(getattr, owner, name), partial(setattr, owner, name)
+
+
+def _contents(owner: object, name: str) -> Setting:
+    """A list by its items; afterwards the attribute is the very list that it was."""
+    kept = getattr(owner, name)
+
+    def put(items: object) -> None:
+        kept[:] = items
+        setattr(owner, name, kept)
+
+    return lambda: list(getattr(owner, name)), put
+
+
+def _put_environment(found: object) -> None:
+    os.environ.clear()
+    os.environ.update(found)
+
+
+def _put_handlers(found: object) -> None:
+    if threading.current_thread() is threading.main_thread():  # elsewhere nothing could have changed them
+        for number, handler in zip(_SIGNALS, found, strict=True):
+            signal.signal(number, handler)
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
+_SYS = ("argv", "displayhook", "dont_write_bytecode", "excepthook", "stdin", "unraisablehook")
+_CUDNN = ("allow_tf32", "benchmark", "deterministic", "enabled")
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+_PROCESS: tuple[Setting, ...] = (
+    (os.getcwd, os.chdir),
+    (lambda: dict(os.environ), _put_environment),
+    (gc.isenabled, lambda found: gc.enable() if found else gc.disable()),
+    (lambda: [signal.getsignal(number) for number in _SIGNALS], _put_handlers),
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+    (sys.gettrace, sys.settrace),
+    (sys.getprofile, sys.setprofile),
+    (lambda: logging.root.level, logging.root.setLevel),
+    _attribute(logging.root.manager, "disable"),
+    *(_attribute(sys, name) for name in _SYS),
+)
+_SETTINGS: tuple[Setting, ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (lambda: dict(vars(torch._tensor_str.PRINT_OPTS)), lambda found: vars(torch._tensor_str.PRINT_OPTS).update(found)),
+    (torch.is_warn_always_enabled, torch.set_warn_always),
+    (torch._C._is_multithreading_enabled, torch._C._set_multithreading_enabled),
+    *(_attribute(torch.backends.cudnn, name) for name in _CUDNN),
+    *(
+        (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"))
+        for name in _ATTENTION
+    ),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     (
@@ -40,8 +104,7 @@ def random_state_kept() -> Iterator[None]:
     """Every random number generator is afterwards in the state that it was in."""
     found = random.getstate(), torch.get_rng_state()
     accelerators = _accelerator_generators()
-    # Only if it is loaded: importing it here would change the process too.
-    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
+    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None  # if it is loaded
     numpy_state = numpy_random.get_state() if numpy_random else None
     try:
         yield
@@ -62,9 +125,11 @@ def plain_settings() -> Iterator[None]:
     device the CPU. Warnings are ignored, and what is printed goes nowhere.
     """
     with ExitStack() as stack:
-        stack.callback(_restorer(_SETTINGS))
-        stack.callback(_restorer(_autocast_settings()))
+        lists = (_contents(sys, "path"), _contents(logging.root, "handlers"))
+        for settings in (_PROCESS, lists, _numpy_settings(), _SETTINGS, _autocast_settings()):
+            stack.callback(_restorer(settings))
         stack.enter_context(_no_default_device())
+        stack.enter_context(_no_more_modes())
         # Leaving this one also undoes an inference mode or a grad mode that was entered inside and never left.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -81,16 +146,53 @@ def plain_settings() -> Iterator[None]:
         yield
 
 
-def _restorer(settings) -> Callable[[], None]:
+def _restorer(settings: Sequence[Setting]) -> Callable[[], None]:
     """A function that sets what differs from now. What is the same is left alone: some setters are slow."""
-    found = [get() for get, _ in settings]
+    found = [(get, put, value) for get, put in settings for value in _read(get)]
 
     def restore() -> None:
-        for (get, put), value in zip(settings, found, strict=True):
-            if get() != value:
-                put(value)
+        for get, put, value in found:
+            if _read(get) != [value]:
+                with suppress(Exception):  # such as a folder that was deleted meanwhile: the others have to follow
+                    put(value)
 
     return restore
+
+
+def _read(get: Callable[[], object]) -> list[object]:
+    """The value of a setting; nothing where it cannot be read, as of a current folder that was deleted."""
+    with suppress(Exception):
+        return [get()]
+    return []
+
+
+def _numpy_settings() -> list[Setting]:
+    """Only if it is loaded: importing it here would change the process too."""
+    if "numpy" not in sys.modules:
+        return []
+    numpy = sys.modules["numpy"]
+    return [
+        (numpy.geterr, lambda found: numpy.seterr(**found)),
+        (numpy.get_printoptions, lambda found: numpy.set_printoptions(**found)),
+    ]
+
+
+@contextmanager
+def _no_more_modes() -> Iterator[None]:
+    """Dispatch modes and hooks of saved tensors that were entered inside and never left are taken off their stacks."""
+    modes, hooks = _python_dispatch._get_current_dispatch_mode_stack(), _saved_tensors_hooks()
+    try:
+        yield
+    finally:
+        while len(_python_dispatch._get_current_dispatch_mode_stack()) > len(modes):
+            _python_dispatch._pop_mode()
+        while (found := _saved_tensors_hooks()) is not None and found != hooks:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _saved_tensors_hooks() -> tuple[Callable, Callable] | None:
+    """Those of the innermost `saved_tensors_hooks`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 @contextmanager

@@ -1,20 +1,26 @@
 """Does the audit find what a step does, whoever wrote it, and does it leave everything as it was?"""
 
+import gc
 import html
 import itertools
+import logging
 import math
+import os
 import random
+import signal
 import sys
 import time
 import warnings
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from wild_steps import WILD, confusion, finish, label
 
 from sft_edu import RULES, StepAudit, audit_step, sft_microbatch_train_step
@@ -259,8 +265,24 @@ def state():
         ),
         "filters": list(warnings.filters),
         "showwarning": warnings.showwarning,
-        "stdout": sys.stdout,
-        "stderr": sys.stderr,
+        "streams": (sys.stdin, sys.stdout, sys.stderr),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "print options": (repr(torch._tensor_str.PRINT_OPTS), np.get_printoptions()),
+        "numpy errors": np.geterr(),
+        "cudnn": [getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "enabled")],
+        "attention": torch.backends.cuda.flash_sdp_enabled(),
+        "one thread backward": torch._C._is_multithreading_enabled(),
+        "modes": torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+        "saved tensors": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "path": (id(sys.path), list(sys.path)),
+        "arguments": sys.argv,
+        "hooks": (sys.excepthook, sys.displayhook, sys.gettrace(), sys.getprofile()),
+        "recursion": sys.getrecursionlimit(),
+        "garbage": gc.isenabled(),
+        "folder": Path.cwd(),
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
     }
 
 
@@ -270,6 +292,11 @@ def right(log_probs, mask, steps, constant):
 
 def enter(context):
     context.__enter__()
+
+
+class CountsNothing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        return function(*arguments, **(keywords or {}))
 
 
 VANDALISM = {
@@ -291,6 +318,29 @@ VANDALISM = {
     "prints": lambda: (print("\udce4" * 1000), print("to stderr", file=sys.stderr), sys.stdout.buffer.write(b"x")),
     "closes stdout": lambda: sys.stdout.close(),
     "replaces stdout": lambda: setattr(sys, "stdout", None),
+    "replaces stdin": lambda: setattr(sys, "stdin", None),
+    "wants coarse products": lambda: torch.set_float32_matmul_precision("medium"),
+    "prints few digits": lambda: (torch.set_printoptions(precision=1), np.set_printoptions(precision=1)),
+    "lets numpy raise": lambda: np.seterr(all="raise"),
+    "sets flags of cuDNN": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    "chooses an attention kernel": lambda: torch.backends.cuda.enable_flash_sdp(False),
+    "wants one thread backward": lambda: torch.autograd.set_multithreading_enabled(False),
+    "enters a dispatch mode": lambda: enter(CountsNothing()),
+    "enters saved tensor hooks": lambda: enter(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)),
+    "extends the path": lambda: sys.path.insert(0, "/nowhere"),
+    "replaces the path": lambda: setattr(sys, "path", ["/nowhere"]),
+    "replaces the arguments": lambda: setattr(sys, "argv", ["me"]),
+    "hooks into errors": lambda: setattr(sys, "excepthook", print),
+    "recurses deeper": lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 1000),
+    "stops the garbage collector": lambda: gc.disable(),
+    "changes the folder": lambda: os.chdir("/"),
+    "changes the environment": lambda: os.environ.update(SFT_EDU_TEST="1"),
+    "ignores signals": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    "sets up a log": lambda: (
+        logging.root.addHandler(logging.StreamHandler()),
+        logging.root.setLevel(1),
+        logging.disable(),
+    ),
 }
 
 
@@ -306,6 +356,19 @@ def test_a_step_that_changes_global_state_is_audited_as_if_it_did_not_and_leaves
     assert state() == before
     assert found(audit) == ("notes", "c·G²", ())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_step_that_deletes_the_folder_it_is_in_leaves_everything_else_as_it_was(tmp_path, monkeypatch):
+    def step(log_probs, mask, steps, constant=1.0):
+        tmp_path.joinpath("here").rmdir() if tmp_path.joinpath("here").exists() else None
+        torch.set_default_dtype(torch.float64)
+        os.chdir("/")
+        return right(log_probs, mask, steps, constant)
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert found(audit_step(step)) == ("notes", "c·G²", ())
+    assert torch.get_default_dtype() == torch.float32
 
 
 class FakeAccelerator:
