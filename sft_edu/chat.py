@@ -75,8 +75,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self.special = {*tokenizer.all_special_ids, *(token for token, kind in added.items() if kind.special)}
+        self.special = special_tokens(tokenizer)
         # Without a fast tokenizer nothing tells which characters a token stands for.
         self.knows_answers = getattr(tokenizer, "is_fast", False) and bool(
             re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
@@ -178,6 +177,13 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of its own
             found = f"an error from the tokenizer or its chat template, {error}"
             raise FieldError("", found, "turns that it can render") from error
+
+
+def special_tokens(tokenizer: Tokenizer) -> set[int]:
+    """The tokens that stand for no text, such as eos and the marks of a chat template."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    known = {*getattr(tokenizer, "all_special_ids", ()), tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    return known | {token for token, kind in added.items() if kind.special}
 
 
 def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -1,8 +1,9 @@
-"""Greedy answers of a model, and how many of them are right."""
+"""Greedy answers of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,9 +11,34 @@ from torch import nn
 _TOGETHER = 128  # prompts in one forward pass
 
 
-@torch.no_grad()
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Look at a model in the middle of its training: in eval mode, without gradients, with random numbers of its own.
+
+    Afterwards each of its modules is in the mode that it was in, and the random number generators stand where they
+    stood, so that a training run goes on bit for bit as if nobody had looked.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    # fork_rng knows no mps.
+    accelerators = {} if device.type in ("cpu", "mps") else {"devices": [device], "device_type": device.type}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(**({"devices": []} | accelerators)):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def greedy(
-    model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int, pad_token_id: int = 0
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Collection[int],
+    pad_token_id: int = 0,
+    context_length: int | None = None,
 ) -> list[list[int]]:
     """The most probable next token, again and again, until eos.
 
@@ -20,42 +46,49 @@ def greedy(
     behind the last token does not matter. Every token costs a full forward pass; nothing is cached.
 
     Args:
-        model: returns logits `[B, T, V]`, or an object whose `.logits` they are. It is in eval mode meanwhile.
+        model: returns logits `[B, T, V]`, or an object whose `.logits` they are. See `undisturbed`.
         prompts: token ids, at least one each.
         max_new_tokens: the longest answer, eos included.
-        eos_token_id: ends an answer, and is its last token; without it the answer was cut.
+        eos_token_id: ends an answer, and is its last token; without it the answer was cut. It may be several.
         pad_token_id: any token of the vocabulary.
+        context_length: the longest input that the model reads; an answer is cut there. None if it has no limit.
 
     Returns:
         The new token ids of each prompt.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        answers = []
-        for start in range(0, len(prompts), _TOGETHER):
-            answers += _greedy(model, prompts[start : start + _TOGETHER], max_new_tokens, eos_token_id, pad_token_id)
-        return answers
-    finally:
-        model.train(was_training)
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    with undisturbed(model):
+        return [
+            answer
+            for start in range(0, len(prompts), _TOGETHER)
+            for answer in _greedy(
+                model, prompts[start : start + _TOGETHER], max_new_tokens, ends, pad_token_id, context_length
+            )
+        ]
 
 
-def _greedy(model: nn.Module, prompts, max_new_tokens: int, eos: int, pad: int) -> list[list[int]]:
+def _greedy(model: nn.Module, prompts, max_new_tokens: int, eos: set[int], pad: int, context_length) -> list[list[int]]:
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.full((len(prompts), int(lengths.max()) + max_new_tokens), pad, device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    rows, ends = torch.arange(len(prompts), device=device), lengths.clone()
-    unfinished = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    rows, ends, eos = (
+        torch.arange(len(prompts), device=device),
+        lengths.clone(),
+        torch.tensor(sorted(eos), device=device),
+    )
+    longest = tokens.shape[1] if context_length is None else context_length
+    unfinished = lengths <= longest
     for _ in range(max_new_tokens):
-        output = model(tokens[:, : int(ends.max())])
-        logits = getattr(output, "logits", output)
-        new = logits[rows, ends - 1].argmax(-1)
-        tokens[rows[unfinished], ends[unfinished]] = new[unfinished]
-        ends += unfinished
-        unfinished &= new != eos
         if not unfinished.any():
             break
+        output = model(tokens[:, : int(ends[unfinished].max())])
+        logits = getattr(output, "logits", output)
+        new = logits[rows[unfinished], ends[unfinished] - 1].argmax(-1)
+        tokens[rows[unfinished], ends[unfinished]] = new
+        ends += unfinished
+        unfinished[unfinished.clone()] = ~torch.isin(new, eos)
+        unfinished &= ends <= longest
     spans = zip(tokens.tolist(), lengths.tolist(), ends.tolist(), strict=True)
     return [row[start:end] for row, start, end in spans]
