@@ -11,7 +11,7 @@ import torch
 import traitlets
 
 from sft_edu.widgets import TokenMask
-from sft_edu.widgets.token_mask import _read
+from sft_edu.widgets.page import page_text
 
 TOKENS = [["␣", "L", "i", "<eos>"], ["?", "4", "<eos>", "<pad>"]]
 MASK = [[0, 1, 1, 1], [0, 1, 1, 0]]
@@ -253,9 +253,9 @@ def test_the_text_of_a_long_mask_is_not_cut():
     widget.close()
 
 
-def test_the_module_is_both_files_and_needs_no_other():
+def test_the_module_is_its_files_and_needs_no_other():
     esm = str(TokenMask._esm)
-    assert esm == _read("token_grid.js", "token_mask.js")
+    assert esm == page_text("view.js", "token_grid.js", "token_mask.js")
     assert "import " not in "".join(line for line in esm.splitlines() if not line.startswith("//"))
     assert "http" not in esm + str(TokenMask._css)
     assert "innerHTML" not in esm

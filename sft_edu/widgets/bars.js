@@ -1,18 +1,7 @@
 // Horizontal bars on one axis. Rows are made once for a number of rows; after that only texts and lengths change.
+// view.js stands above this line when it runs.
 
 const TICKS = 12; // at most; those not needed are hidden
-const QUIET = 800; // milliseconds without a change, before words are read out
-
-function make(tag, className, role = "") {
-  const node = document.createElement(tag);
-  node.className = className;
-  if (role) node.setAttribute("role", role);
-  return node;
-}
-
-function write(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
 
 // Where a value stands on the axis: 0 at its low end, 1 at its high end, below or above these beyond it.
 function place(value, [low, high], log) {
@@ -46,14 +35,13 @@ function tickText(tick) {
 }
 
 function render({ model, el }) {
-  const root = make("div", "sft-edu-bars");
+  const root = make("div", "sft-edu-view sft-edu-bars");
   const title = make("div", "sft-edu-bars-title");
   const plot = make("div", "sft-edu-bars-plot");
   const scale = make("div", "sft-edu-bars-scale");
   const axis = make("div", "sft-edu-bars-axis");
   const table = make("div", "sft-edu-bars-table", "table");
-  const words = make("p", "sft-edu-bars-words");
-  const live = make("div", "sft-edu-bars-live", "status");
+  const words = new Words(model.get("words"));
   const line = make("div", "sft-edu-bars-reference");
   const lineLabel = make("div", "sft-edu-bars-reference-label");
   const ticks = Array.from({ length: TICKS }, () => {
@@ -62,15 +50,14 @@ function render({ model, el }) {
     return tick;
   });
   root.dir = "ltr"; // an axis runs from left to right, whatever the letters
-  for (const picture of [title, scale, words]) picture.setAttribute("aria-hidden", "true"); // said by table and live
+  for (const picture of [title, scale]) picture.setAttribute("aria-hidden", "true"); // the table says the same
   axis.append(...ticks, line, lineLabel);
   scale.append(axis);
   plot.append(scale, table);
-  root.append(title, plot, words, live);
+  root.append(title, plot, words.shown, words.heard);
   el.append(root);
 
   let bars = [];
-  let timer = 0;
   // In digits. Grows and never shrinks, so that bars keep their place; starts wide enough for most labels, so that the
   // axes of bars one below the other are as long.
   const widest = { label: 0, text: 0 };
@@ -176,39 +163,30 @@ function render({ model, el }) {
     drawName();
   }
 
-  function drawWords() {
-    write(words, model.get("words"));
-    clearTimeout(timer);
-    timer = setTimeout(() => write(live, model.get("words")), QUIET);
-  }
-
   function drawCount() {
     root.dataset.drawn = String(model.get("drawn"));
   }
 
-  const handlers = {
+  const unlisten = listen(model, {
     "change:rows": drawRows,
     "change:title": drawTitle,
     "change:limits": drawAxis,
     "change:log": drawAxis,
     "change:reference": drawMark,
     "change:reference_label": drawMark,
-    "change:words": drawWords,
+    "change:words": () => words.show(model.get("words")),
     change: drawCount, // comes after the others, when all of a message is drawn
-  };
-  for (const [event, handler] of Object.entries(handlers)) model.on(event, handler);
+  });
 
   widen("label", 22);
   widen("text", 9);
   drawRows();
   drawAxis();
   drawTitle();
-  write(words, model.get("words"));
-  write(live, model.get("words"));
   drawCount();
   return () => {
-    clearTimeout(timer);
-    for (const [event, handler] of Object.entries(handlers)) model.off(event, handler);
+    words.stop();
+    unlisten();
     root.remove();
   };
 }

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import traitlets
 
 from sft_edu.scaling import RULES
 from sft_edu.widgets.live_view import LiveView, number, records, text, wrong
+from sft_edu.widgets.page import page_text
 
 COLOURS = ("neutral", "prompt", "response", "padding", "gradient", *RULES)
 """What a bar can be the bar of. bars.css has the colour of each, for light and dark pages; plots.py the light ones."""
-
-_HERE = Path(__file__).parent
 
 
 def _colour(where: str, value: object) -> str:
@@ -43,8 +40,8 @@ class Bars(LiveView):
         words: a sentence or two on what the bars show, read out once they have stopped changing.
     """
 
-    _esm = _HERE / "bars.js"
-    _css = _HERE / "bars.css"
+    _esm = page_text("view.js", "bars.js")
+    _css = page_text("view.css", "bars.css")
     rows = traitlets.List().tag(sync=True)
     title = traitlets.Unicode().tag(sync=True)
     limits = traitlets.List(default_value=[0.0, 1.0]).tag(sync=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import anywidget
 import traitlets
 from matplotlib.figure import Figure
 
-_HERE = Path(__file__).parent
+from sft_edu.widgets.page import page_text
+
 _PIXELS_PER_INCH = 96  # of the page
 _SHARPNESS = 1.5  # drawn larger than shown, for screens with small pixels
 
@@ -20,9 +20,8 @@ class FigureView(anywidget.AnyWidget):
     `alt` describes what the figure shows now. `png` is the picture as a file.
     """
 
-    # Text, not paths: anywidget watches paths, through a signal that would keep every closed widget in memory.
-    _esm = (_HERE / "figure.js").read_text(encoding="utf-8")
-    _css = (_HERE / "figure.css").read_text(encoding="utf-8")
+    _esm = page_text("figure.js")
+    _css = page_text("figure.css")
     png = traitlets.Bytes().tag(sync=True)
     alt = traitlets.Unicode().tag(sync=True)
     width = traitlets.Int().tag(sync=True)

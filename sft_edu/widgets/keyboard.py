@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sft_edu.widgets.live_view import LiveView
-
-_HERE = Path(__file__).parent
+from sft_edu.widgets.page import page_text
 
 
 class KeyboardGuard(LiveView):
@@ -15,8 +12,8 @@ class KeyboardGuard(LiveView):
     It says the range when a number that was typed after a slider is out of it.
     """
 
-    _esm = _HERE / "keyboard.js"
-    _css = _HERE / "keyboard.css"
+    _esm = page_text("keyboard.js")
+    _css = page_text("keyboard.css")
 
     def __repr__(self) -> str:
         return "KeyboardGuard()"

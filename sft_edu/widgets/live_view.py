@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 from collections.abc import Callable, Mapping
 
 import anywidget
@@ -26,19 +25,6 @@ class LiveView(anywidget.AnyWidget):
     """
 
     drawn = traitlets.Int().tag(sync=True)
-
-    def __init__(self, **traits: object) -> None:
-        super().__init__(**traits)
-        if os.environ.get("ANYWIDGET_HMR") != "1":
-            self._stop_watching_files()
-
-    def _stop_watching_files(self) -> None:
-        # anywidget connects each widget to a signal of its files, which nobody emits unless it reloads them as they
-        # are edited. The signal would hold on to every closed widget.
-        for kind in type(self).__mro__:
-            for name in ("_esm", "_css"):
-                if changed := getattr(vars(kind).get(name), "changed", None):
-                    changed.disconnect()
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict | tuple:
         return with_text_and_picture(super()._repr_mimebundle_(**kwargs), repr(self))

@@ -14,10 +14,10 @@ import traitlets
 from matplotlib.figure import Figure
 
 from sft_edu.widgets.live_view import LiveView, text, wrong
+from sft_edu.widgets.page import page_text
 
 FORMATS = ("png", "svg")
 
-_HERE = Path(__file__).parent
 _PIXELS_PER_INCH = 200
 _SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "sft_edu"}  # letters stay text; equal pictures, equal files
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -36,7 +36,7 @@ class SavePicture(LiveView):
         title: of the figure, `name` if empty. It goes into the file too.
     """
 
-    _esm = _HERE / "save_picture.js"
+    _esm = page_text("save_picture.js")
     name = traitlets.Unicode("picture").tag(sync=True)
 
     def __init__(

@@ -1,41 +1,25 @@
 // Steps as boxes from left to right. Boxes are made once for a number of stages; after that only texts change.
-// The functions of step_ahead.js and inputs_ahead.js stand above this line when it runs; stage_chain.py puts them there.
+// view.js, step_ahead.js and inputs_ahead.js stand above this line when it runs.
 
 const PARTS = ["name", "symbolic", "numeric", "value"];
-const QUIET = 800; // milliseconds without a change, before words are read out
 const LATE = 150; // milliseconds of waiting for the kernel, after which the page looks like it
 const HINT = "Press a step to see more of it.";
 const AHEAD = "worked out by the page; the kernel has yet to answer";
 
-function make(tag, className) {
-  const node = document.createElement(tag);
-  node.className = className;
-  return node;
-}
-
-function write(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
 function render({ model, el }) {
-  const root = make("div", "sft-edu-chain");
+  const root = make("div", "sft-edu-view sft-edu-chain");
   root.dir = "ltr"; // steps run from left to right, whatever their letters
-  const row = make("div", "sft-edu-chain-row");
-  const area = make("div", "sft-edu-chain-detail");
+  const row = make("div", "sft-edu-chain-row", "toolbar");
+  const area = make("div", "sft-edu-chain-detail", "region");
   const head = make("div", "sft-edu-chain-head");
   const body = make("div", "sft-edu-chain-lines");
-  const words = make("p", "sft-edu-chain-words");
-  const live = make("div", "sft-edu-chain-live");
-  row.setAttribute("role", "toolbar");
+  const words = new Words(model.get("words"));
   row.setAttribute("aria-label", "steps");
-  area.setAttribute("role", "region");
   area.setAttribute("aria-label", "more about the selected step");
   area.tabIndex = 0; // to scroll it by keys
   area.dataset.lmSuppressShortcuts = "true";
-  words.setAttribute("aria-hidden", "true"); // the live region says the same
-  live.setAttribute("role", "status");
   area.append(head, body);
-  root.append(row, area, words, live);
+  root.append(row, area, words.shown, words.heard);
   el.append(root);
 
   let boxes = [];
@@ -43,15 +27,9 @@ function render({ model, el }) {
   let lines = [];
   let current = 0; // the box that holds the tab stop
   let asking = false; // this view has selected a stage and is to read out the answer
-  let timer = 0;
   let inputs = null; // of the numbers; null where none can be drawn ahead of the kernel
   let unfollow = () => {};
   let waiting = 0;
-
-  function announce(text, delay) {
-    clearTimeout(timer);
-    timer = setTimeout(() => write(live, text), delay);
-  }
 
   function makeBox(index) {
     const cell = make("div", "sft-edu-chain-cell");
@@ -155,13 +133,8 @@ function render({ model, el }) {
 
   function drawAnswer() {
     drawDetail();
-    if (asking && lines.length) announce([head, ...lines].map((line) => line.textContent).join(". "), 100);
+    if (asking && lines.length) words.announce([head, ...lines].map((line) => line.textContent).join(". "), 100);
     asking = false;
-  }
-
-  function drawWords() {
-    write(words, model.get("words"));
-    announce(words.textContent, QUIET);
   }
 
   function touch(index, focus = true) {
@@ -207,31 +180,28 @@ function render({ model, el }) {
     root.dataset.drawn = String(model.get("drawn"));
   }
 
-  const handlers = {
+  const unlisten = listen(model, {
     "change:stages": drawStages,
     "change:inputs": drawStages,
     "change:ahead": follow,
     "change:selected": drawSelected,
     "change:detail": drawDetail,
     "change:_answered": drawAnswer,
-    "change:words": drawWords,
+    "change:words": () => words.show(model.get("words")),
     change: drawCount, // comes after the others, when all of a message is drawn
-  };
-  for (const [event, handler] of Object.entries(handlers)) model.on(event, handler);
+  });
   row.addEventListener("click", onClick);
   row.addEventListener("keydown", onKeydown);
   row.addEventListener("focusin", onFocus);
 
   follow();
   drawSelected();
-  write(words, model.get("words"));
-  write(live, model.get("words"));
   drawCount();
   return () => {
-    clearTimeout(timer);
+    words.stop();
     clearTimeout(waiting);
     unfollow();
-    for (const [event, handler] of Object.entries(handlers)) model.off(event, handler);
+    unlisten();
     root.remove();
   };
 }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import traitlets
 from ipywidgets import widget_serialization
 
 from sft_edu.widgets.live_view import LiveView, records, text, texts, wrong
+from sft_edu.widgets.page import page_text
 
-_HERE = Path(__file__).parent
 _KEYS = dict.fromkeys(("step", "name", "symbolic", "numeric", "value"), text)
 
 
@@ -31,12 +29,8 @@ class StageChain(LiveView):
             same message as `stages`, and before the controls: it tells an answer from one that a hand has overtaken.
     """
 
-    # One text, because anywidget loads one file and a widget cannot import its neighbour. The other two keep their
-    # exports, which do no harm here, so that the tests can import them alone.
-    _esm = "\n".join(
-        (_HERE / name).read_text(encoding="utf-8") for name in ("step_ahead.js", "inputs_ahead.js", "stage_chain.js")
-    )
-    _css = _HERE / "stage_chain.css"
+    _esm = page_text("view.js", "step_ahead.js", "inputs_ahead.js", "stage_chain.js")
+    _css = page_text("view.css", "stage_chain.css")
     stages = traitlets.List().tag(sync=True)
     selected = traitlets.Unicode().tag(sync=True)
     detail = traitlets.List().tag(sync=True)

@@ -1,32 +1,28 @@
-// The page's side of TokenMask: chips, pointer, keys. The functions of token_grid.js stand above this line when it runs;
-// token_mask.py puts them there.
+// The page's side of TokenMask: chips, pointer, keys. view.js and token_grid.js stand above this line when it runs.
 
 const ROLES = ["prompt", "response", "eos", "padding"];
 const HINT = "Press or drag to paint. Shift: from the last token to here. Ctrl+Z: undo.";
 const NARROW = 560; // pixels; the words about a token need two lines there
 const SWIPE = 8; // pixels a finger moves sideways before it paints
 
-function make(tag, className, text = "") {
-  const node = document.createElement(tag);
-  node.className = className;
+function makeText(tag, className, text) {
+  const node = make(tag, className);
   node.textContent = text;
   return node;
 }
 
 function render({ model, el }) {
-  const root = make("div", "sft-edu-mask");
+  const root = make("div", "sft-edu-view sft-edu-mask");
   root.dir = "ltr"; // a sequence runs from left to right, whatever its letters
   const ruler = make("div", "sft-edu-mask-ruler");
   const scroller = make("div", "sft-edu-mask-scroller");
-  const grid = make("div", "sft-edu-mask-grid");
+  const grid = make("div", "sft-edu-mask-grid", "group");
   const readout = make("div", "sft-edu-mask-readout");
   const count = make("span", "sft-edu-mask-count");
   const legend = make("div", "sft-edu-mask-legend");
-  const live = make("div", "sft-edu-mask-live");
-  grid.setAttribute("role", "group");
+  const live = make("div", "sft-edu-live", "status");
   grid.setAttribute("aria-label", "response mask");
   readout.setAttribute("aria-hidden", "true"); // it repeats the label of the chip
-  live.setAttribute("role", "status");
   scroller.append(ruler, grid);
   root.append(scroller, readout, legend, live);
   el.append(root);
@@ -57,10 +53,9 @@ function render({ model, el }) {
     [drag, reach, hovered, gutters, labels, shades] = [null, null, -1, [], [], []];
     chips = [];
     const lines = given.map((_, row) => {
-      const line = make("div", "sft-edu-mask-row");
+      const line = make("div", "sft-edu-mask-row", "group");
       const gutter = make("div", "sft-edu-mask-gutter");
       const box = make("div", "sft-edu-mask-chips");
-      line.setAttribute("role", "group");
       line.setAttribute("aria-label", `sequence ${row}`);
       gutter.setAttribute("aria-hidden", "true");
       gutters.push(gutter);
@@ -148,8 +143,8 @@ function render({ model, el }) {
 
   function tint(chip, rgb) {
     chip.style.backgroundColor = rgb ? `rgb(${rgb})` : "";
-    if (rgb) chip.style.setProperty("--sft-edu-text", `rgb(${inkOn(rgb)})`);
-    else chip.style.removeProperty("--sft-edu-text");
+    if (rgb) chip.style.setProperty("--sft-edu-chip-text", `rgb(${inkOn(rgb)})`);
+    else chip.style.removeProperty("--sft-edu-chip-text");
   }
 
   // What one looks at, in words: the chip under the pointer, or the one in focus, whichever was moved last.
@@ -166,7 +161,7 @@ function render({ model, el }) {
     if (content === explained) return;
     explained = content;
     const sample = (role, state, text) => {
-      const chip = make("span", "sft-edu-chip sft-edu-chip-sample", text);
+      const chip = makeText("span", "sft-edu-chip sft-edu-chip-sample", text);
       chip.dataset.role = role;
       chip.dataset.state = state;
       return chip;
@@ -212,7 +207,7 @@ function render({ model, el }) {
     gutters.forEach((gutter, row) => {
       const starts = Array.from({ length: layout.lines }, (_, line) => line * layout.columns);
       gutter.replaceChildren(
-        ...starts.map((start) => make("span", start ? "sft-edu-mask-start" : "", start ? `+${start}` : String(row))),
+        ...starts.map((start) => makeText("span", start ? "sft-edu-mask-start" : "", start ? `+${start}` : String(row))),
       );
     });
   }

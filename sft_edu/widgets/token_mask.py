@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import anywidget
 import torch
@@ -12,18 +11,14 @@ import traitlets
 
 from sft_edu.masks import token_roles
 from sft_edu.widgets.figure import with_text_and_picture
+from sft_edu.widgets.page import page_text
 
 ROLES = ("prompt", "response", "padding", "eos")
 
 Table = tuple[tuple, ...]
 
-_HERE = Path(__file__).parent
 _LONGEST_TEXT = 80
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-
-
-def _read(*names: str) -> str:
-    return "\n".join((_HERE / name).read_text(encoding="utf-8") for name in names)
 
 
 class _TableTrait(traitlets.TraitType):
@@ -62,11 +57,8 @@ class TokenMask(anywidget.AnyWidget):
     `focused` is the sequence and the token that was touched last, by pointer or key.
     """
 
-    # One text, because anywidget loads one file and a widget cannot import its neighbour. token_grid.js keeps its
-    # exports, which do no harm here, so that the tests can import it alone. Text, not paths: anywidget watches paths
-    # through a signal that would keep every closed widget in memory.
-    _esm = _read("token_grid.js", "token_mask.js")
-    _css = _read("token_mask.css")
+    _esm = page_text("view.js", "token_grid.js", "token_mask.js")
+    _css = page_text("view.css", "token_mask.css")
 
     tokens = _TableTrait().tag(sync=True)
     mask = _TableTrait().tag(

@@ -60,8 +60,8 @@ class Labs:
         state, text, words = self.told(name, "lab.state, repr(lab), lab.words()")
         output = self.output(name)
         expect(output.get_by_label("state")).to_have_value(state)
-        expect(output.locator(".sft-edu-chain-words, .sft-edu-bars-words").first).to_have_text(words)
-        expect(output.locator(".sft-edu-chain-live, .sft-edu-bars-live").first).to_have_text(words)
+        expect(output.locator(".sft-edu-words").first).to_have_text(words)
+        expect(output.locator(".sft-edu-live").first).to_have_text(words)
         flat = " ".join(text.split())
         if name in ("mask", "step"):
             self._agree_on_the_step(name, flat)

@@ -217,7 +217,7 @@ def test_a_count_is_written_when_all_of_its_message_is_drawn(page: LabPage):
     seen = chain.evaluate_handle("""root => {
       const seen = [];
       const loss = root.querySelectorAll('.sft-edu-chain-value')[2];
-      const words = root.querySelector('.sft-edu-chain-words');
+      const words = root.querySelector('.sft-edu-words');
       const note = () => seen.push([root.dataset.drawn, loss.textContent, words.textContent]);
       new MutationObserver(note).observe(root, { attributeFilter: ['data-drawn'] });
       return seen;
@@ -282,8 +282,8 @@ bars.rows = [dict(label=t, value=1.0, text=t, colour="notes", note=t)]
 bars.title = bars.reference_label = bars.words = t""",
     )
     chain, bars = page.page.locator(".sft-edu-chain"), page.page.locator(".sft-edu-bars")
-    expect(chain.locator(".sft-edu-chain-words")).to_have_text(hostile)
-    expect(bars.locator(".sft-edu-bars-words")).to_have_text(hostile)
+    expect(chain.locator(".sft-edu-words")).to_have_text(hostile)
+    expect(bars.locator(".sft-edu-words")).to_have_text(hostile)
     for part in ("value", "line", "numeric"):
         expect(chain.locator(f".sft-edu-chain-{part}")).to_contain_text(hostile)
     for part in ("title", "label", "note", "text", "reference-label"):

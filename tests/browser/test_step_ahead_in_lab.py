@@ -113,7 +113,7 @@ def desk(opened: Desk) -> Iterator[Desk]:
 
 
 def test_numbers_are_there_before_the_kernel_and_are_marked_until_it_answers(desk: Desk):
-    words = desk.chain.locator(".sft-edu-chain-words")
+    words = desk.chain.locator(".sft-edu-words")
     before = words.inner_text()
     desk.page.evaluate("hold()")
     desk.press(desk.slider, "ArrowRight")
