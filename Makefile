@@ -4,17 +4,12 @@ PYTHON ?= python3
 # Options for pip, for example PyTorch's wheels without CUDA:
 #   make lab PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
-# Options for JupyterLab, for example: make lab LAB_FLAGS="--no-browser --port 8899"
+# Options of sft-edu lab, for example: make lab LAB_FLAGS="--no-browser --port 8899"
 LAB_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 START := notebooks/00_start_here.ipynb
-
-# Jupyter refuses to run as root unless told to.
-AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
-# Without a screen Linux might open a browser inside this terminal; Jupyter prints the address either way.
-NO_SCREEN = $(if $(filter Linux,$(shell uname)),$(if $(DISPLAY)$(WAYLAND_DISPLAY)$(WSL_DISTRO_NAME),,--no-browser))
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test lint format notebooks bench clean
@@ -23,7 +18,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 lab: $(VENV)/lab.stamp ## open the lessons in JupyterLab
-	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/$(START) $(AS_ROOT) $(NO_SCREEN) $(LAB_FLAGS)
+	@$(BIN)/python -m sft_edu lab --in-place $(LAB_FLAGS)
 
 test: $(VENV)/test.stamp ## run every test: library, lessons, browser
 	@$(BIN)/python -m pytest
@@ -36,8 +31,9 @@ format: $(VENV)/test.stamp ## format the code and mend what ruff can mend
 	@$(BIN)/python -m ruff check --fix
 	@$(BIN)/python -m ruff format
 
+# Lesson 0 counts the questions of the others, so it comes last.
 notebooks: $(VENV)/test.stamp ## run every lesson again and store its outputs
-	@$(BIN)/python tools/run_notebooks.py $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
+	@$(BIN)/python tools/run_notebooks.py $(filter-out $(START),$(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)) $(START)
 
 bench: $(VENV)/test.stamp ## run every benchmark
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
@@ -49,7 +45,7 @@ clean: ## remove the environment and all that tools leave behind
 
 # A stamp is the moment of the last installation. [test] contains [lab], so the test stamp renews both.
 INSTALL = @tools/install.sh "$(PYTHON)" $(VENV)
-INPUTS := pyproject.toml constraints.txt $(shell find binder/prefix -type f) tools/install.sh
+INPUTS := pyproject.toml constraints.txt tools/install.sh
 
 $(VENV)/lab.stamp: $(INPUTS) $(BIN)/python
 	$(INSTALL) lab $(PIP_FLAGS)

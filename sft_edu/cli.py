@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from sft_edu.audit import audit_step
 from sft_edu.audit.report import KNOWN, StepAudit
+from sft_edu.lab_command import add_lab
 from sft_edu.load_target import TargetError, target_function
 
 
@@ -67,4 +68,4 @@ def _unmet(audit: StepAudit, expected: str | None) -> str:
     return f"Expected {wanted}."
 
 
-_COMMANDS = (_add_audit,)
+_COMMANDS = (add_lab, _add_audit)

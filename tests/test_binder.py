@@ -59,8 +59,8 @@ def test_requirements_can_be_met(tmp_path: Path):
 def test_post_build_installs_the_settings(tmp_path: Path):
     environment = os.environ | {"NB_PYTHON_PREFIX": str(tmp_path)}
     subprocess.run(["./binder/postBuild"], cwd=ROOT, env=environment, check=True)
-    prefix = ROOT / "binder" / "prefix"
-    files = [path.relative_to(prefix) for path in prefix.rglob("*") if path.is_file()]
+    settings = ROOT / "sft_edu" / "jupyter_settings"
+    files = [path.relative_to(settings) for path in settings.rglob("*.*") if "__pycache__" not in path.parts]
     assert len(files) == 3
     for file in files:
-        assert (tmp_path / file).read_text() == (prefix / file).read_text()
+        assert (tmp_path / "etc/jupyter" / file).read_text() == (settings / file).read_text()

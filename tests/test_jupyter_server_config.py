@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_connection_sends_at_once(monkeypatch: pytest.MonkeyPatch):
-    config = PyFileConfigLoader("jupyter_server_config.py", path=str(ROOT / "binder/prefix/etc/jupyter")).load_config()
+    config = PyFileConfigLoader("jupyter_server_config.py", path=str(ROOT / "sft_edu/jupyter_settings")).load_config()
     kind = config.ServerApp.kernel_websocket_connection_class
     connection = kind.__new__(kind)
     calls = []

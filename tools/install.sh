@@ -50,5 +50,4 @@ echo "Installing sft_edu[$extra] into $venv (PyTorch is large: this can take som
   stop "The installation failed; pip says why above. Run the same command again to go on."
 }
 
-cp -R binder/prefix/. "$venv"
 rm "$mark"

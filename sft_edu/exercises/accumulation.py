@@ -16,6 +16,7 @@ from sft_edu.exercises.accumulation_mistakes import gradient_problem
 from sft_edu.exercises.guard import call, judged, reading, smallest
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, right, wrong
 from sft_edu.model import TinyLM
+from sft_edu.progress import remembered
 from sft_edu.ragged import ragged_minibatch
 
 _SIZES = (3, 1, 2)  # no two microbatches agree in sequences or in response tokens
@@ -25,6 +26,7 @@ _FORGIVEN = {"nan-on-empty-mask", "wrong-on-empty-mask", "raises"}
 _NOT_EVERY_SPLIT = "One split is right, but not every split."
 
 
+@remembered
 @judged
 def check_accumulation_loop(run_minibatch: Callable[..., object]) -> Verdict:
     """Check a loop over the microbatches of one optimizer step.

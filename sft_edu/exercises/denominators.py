@@ -7,6 +7,7 @@ from functools import partial
 
 from sft_edu.exercises.guard import Judged, call, judged, reading, smallest
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, close, numbers, right, wrong
+from sft_edu.progress import remembered
 from sft_edu.scaling import RULES
 
 _SYMBOLS = ("B", "G", "c", "n", "N")
@@ -19,6 +20,7 @@ _SMALL = (
 )
 
 
+@remembered
 def check_denominator(denominator: Callable[..., float] | Mapping[str, Callable[..., float]]) -> Verdict:
     """Check the denominators of all rules: D, so that `scaled_loss = -(masked sum, before dividing by c) / D`.
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from sft_edu.audit.probe import describe
+from sft_edu.audit.words import describe
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, wrong
 from sft_edu.global_state import plain_settings, random_state_kept
 

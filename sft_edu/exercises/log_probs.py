@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from sft_edu.exercises.guard import Judged, as_floats, call, judged, reading, smallest
 from sft_edu.exercises.log_probs_mistakes import named_mistake
 from sft_edu.exercises.verdict import Verdict, close, difference, numbers, right, wrong
+from sft_edu.progress import remembered
 
 
 class Bigrams(nn.Module):
@@ -75,6 +76,7 @@ _LARGE = (
 )
 
 
+@remembered
 @judged
 def check_get_response_log_probs(function: Callable[..., dict[str, torch.Tensor]]) -> Verdict:
     """Check a `get_response_log_probs` written by the learner.

@@ -7,12 +7,14 @@ from numbers import Real
 import torch
 
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, close, right, wrong
+from sft_edu.progress import remembered
 from sft_edu.step import sft_microbatch_train_step
 
 _LOG_PROBS = torch.tensor([[-0.5, -0.3, -0.8, -0.2], [-0.4, -0.6, -0.3, -0.5]], dtype=torch.float64)
 _MASK = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
 
 
+@remembered
 def check_returned_loss(answer: float, gradient_accumulation_steps: int) -> Verdict:
     """Check a loss worked out by hand: the worked example of the course notes, with another G.
 

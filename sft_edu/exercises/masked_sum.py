@@ -9,6 +9,7 @@ import torch
 
 from sft_edu.exercises.guard import Judged, as_floats, call, judged, reading, smallest
 from sft_edu.exercises.verdict import Verdict, close, difference, numbers, right, wrong
+from sft_edu.progress import remembered
 
 _NAN = float("nan")
 
@@ -66,6 +67,7 @@ _CASES = (
 )
 
 
+@remembered
 @judged
 def check_masked_normalize(function: Callable[..., torch.Tensor]) -> Verdict:
     """Check a `masked_normalize` written by the learner.

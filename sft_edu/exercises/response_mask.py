@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from sft_edu.audit.probe import name_of
+from sft_edu.audit.words import name_of
 from sft_edu.exercises.guard import Judged, call, judged, reading, smallest
 from sft_edu.exercises.verdict import Verdict, numbers, right, wrong
 from sft_edu.masks import PRESETS
+from sft_edu.progress import remembered
 from sft_edu.tokens import ByteTokenizer, tokenize_prompt_and_output
 
 _LENGTHS = [(3, 2), (1, 4), (5, 3), (2, 1)]
@@ -19,6 +20,7 @@ _MOST = 1000  # values read: an iterator need not end
 _SMALL = [(1, 1, 2), (2, 1, 3), (1, 2, 3), (2, 2, 4), (1, 1, 3), (2, 1, 4), *((*lengths, 8) for lengths in _LENGTHS)]
 
 
+@remembered
 @judged
 def check_response_mask(make_mask: Callable[[int, int, int], list[int]]) -> Verdict:
     """Check a function that builds one row of the response mask.

@@ -14,6 +14,7 @@ from sft_edu.audit.report import PROBLEMS
 from sft_edu.exercises.guard import as_floats, call, judged, reading, smallest
 from sft_edu.exercises.step_mistakes import gradient_problem
 from sft_edu.exercises.verdict import Verdict, close, difference, numbers, right, wrong
+from sft_edu.progress import remembered
 
 _TOKENS = 41  # N; more than any microbatch here has
 
@@ -68,6 +69,7 @@ def _cases() -> list[_Case]:
     ]
 
 
+@remembered
 @judged
 def check_sft_microbatch_train_step(step: Callable[..., object], rule: str = "notes") -> Verdict:
     """Check a microbatch step written by the learner.

@@ -12,6 +12,7 @@ from sft_edu.exercises.guard import call, judged, reading, smallest
 from sft_edu.exercises.training_mistakes import named_mistake
 from sft_edu.exercises.training_runs import LEARNING_RATE, RIGHT, Minibatches, flat_weights, fresh_model, train_as
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, right, wrong
+from sft_edu.progress import remembered
 
 _PROMPT, _LONGEST = 2, 8
 
@@ -22,6 +23,7 @@ _PLANS: tuple[Plan, ...] = ([[[2]]], [[[2], [2]]], [[[1], [3]]], [[[2]], [[1]]],
 _TOLERANCE = 1e-5  # of how far the weights moved: below float32's rounding of a step, far below any mistake
 
 
+@remembered
 @judged
 def check_training_loop(train: Callable[..., object]) -> Verdict:
     """Check a loop that trains a model for one epoch.

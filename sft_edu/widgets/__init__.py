@@ -9,6 +9,7 @@ from sft_edu.widgets.prediction import Prediction
 from sft_edu.widgets.save_picture import SavePicture
 from sft_edu.widgets.scaling_lab import ScalingLab
 from sft_edu.widgets.stage_chain import StageChain
+from sft_edu.widgets.start_page import StartPage
 from sft_edu.widgets.step_lab import StepLab
 from sft_edu.widgets.step_view import show_step
 from sft_edu.widgets.token_mask import TokenMask
@@ -23,6 +24,7 @@ __all__ = [
     "SavePicture",
     "ScalingLab",
     "StageChain",
+    "StartPage",
     "StepLab",
     "TokenMask",
     "show_step",

@@ -7,6 +7,7 @@ from html import escape
 
 import ipywidgets
 
+from sft_edu.progress import current
 from sft_edu.widgets.figure import with_text_and_picture
 from sft_edu.widgets.keyboard import KeyboardGuard
 
@@ -48,6 +49,7 @@ class Prediction(ipywidgets.VBox):
         """The verdict on the choice, also shown below it."""
         if self.choice is None:
             return "Choose an answer first."
+        current().predicted(self.question, self.choice, right=self.choice == self.answer)
         start = "Right." if self.choice == self.answer else f"Not {self.choice}."
         verdict = f"{start} It is {self.answer}. {self.because}"
         self._verdict.value = f"<p>{escape(verdict)}</p>"

@@ -68,14 +68,14 @@ def lab_server(notebooks: Path) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="sft_edu_lab_", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         shutil.copytree(notebooks, home / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        shutil.copytree(ROOT / "binder" / "prefix", home / "prefix")
+        shutil.copytree(ROOT / "sft_edu" / "jupyter_settings", home / "settings")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         server = Server(f"http://127.0.0.1:{port}", secrets.token_hex(), home / "notebooks")
         options = {
             "IdentityProvider.token": server.token,
-            "LabApp.app_settings_dir": home / "prefix/share/jupyter/lab/settings",
+            "LabApp.app_settings_dir": home / "no_other_settings",
             "LabApp.expose_app_in_browser": True,
             "ServerApp.ip": "127.0.0.1",
             "ServerApp.port": port,
@@ -89,7 +89,7 @@ def lab_server(notebooks: Path) -> Iterator[Server]:
         path = os.pathsep.join(filter(None, [str(ROOT), outside.get("PYTHONPATH")]))
         ours = {
             "HOME": folder,
-            "JUPYTER_CONFIG_DIR": f"{folder}/prefix/etc/jupyter",
+            "JUPYTER_CONFIG_DIR": f"{folder}/settings",
             "IPYTHONDIR": f"{folder}/ipython",
             "PYTHONPATH": path,
         }
@@ -131,11 +131,11 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def chromium_page(width: int = 1280) -> Iterator[Page]:
+def chromium_page(width: int = 1280, sharpness: float = 1) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_FLAGS)
         try:
-            yield browser.new_page(viewport={"width": width, "height": 720})
+            yield browser.new_page(viewport={"width": width, "height": 720}, device_scale_factor=sharpness)
         finally:
             browser.close()
 

@@ -1,0 +1,70 @@
+"""The list of lessons, with what the learner has done in each."""
+
+from __future__ import annotations
+
+from html import escape
+
+from sft_edu.lessons import Lesson, lessons
+from sft_edu.progress import PROGRESS, Progress, current
+from sft_edu.widgets.table import text_table
+
+_COLUMNS = ("lesson", "minutes", "predictions", "exercise")
+_CELL = "font: inherit; padding: 3px 22px 3px 0; text-align: left; white-space: nowrap"
+
+
+class StartPage:
+    """The lessons in order, their time, the predictions made and the exercises solved, and where to go on.
+
+    Show it again after a lesson: it reads the progress anew each time it is made.
+    """
+
+    def __init__(self) -> None:
+        self.lessons = lessons()
+        self.progress = current()
+
+    def line(self, lesson: Lesson) -> tuple[str, str, str, str]:
+        """A lesson's title, minutes, predictions and exercises in words."""
+        made = sum(question in self.progress.predictions for question in lesson.questions)
+        return (
+            lesson.title,
+            str(lesson.minutes),
+            f"{made} of {len(lesson.questions)}",
+            "✓ solved" if _solved(lesson, self.progress) else "open",
+        )
+
+    def summary(self) -> str:
+        """What is done, what comes next, and where it is kept."""
+        open_ones = [lesson for lesson in self.lessons if not _solved(lesson, self.progress)]
+        solved = len(self.lessons) - len(open_ones)
+        following = f"Next: {open_ones[0].title}." if open_ones else "All exercises are solved."
+        return f"{solved} of {len(self.lessons)} exercises solved. {following} {_keeping(self.progress)}"
+
+    def __repr__(self) -> str:
+        return "\n".join([*text_table(_COLUMNS, [self.line(lesson) for lesson in self.lessons]), self.summary()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(_cell("th", f"<b>{name}</b>", ' scope="col"') for name in _COLUMNS)
+        rows = []
+        for lesson in self.lessons:
+            title, *rest = map(escape, self.line(lesson))
+            link = _cell("th", f'<a href="{lesson.name}.ipynb">{title}</a>', ' scope="row"')
+            rows.append(f"<tr>{link}{''.join(_cell('td', text) for text in rest)}</tr>")
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        # JupyterLab sets the tables of an output in its smallest size.
+        return f'<div style="font-size: 14px; overflow-x: auto">{table}<p>{escape(self.summary())}</p></div>'
+
+
+def _cell(tag: str, content: str, scope: str = "") -> str:
+    return f'<{tag}{scope} style="{_CELL}">{content}</{tag}>'
+
+
+def _solved(lesson: Lesson, progress: Progress) -> bool:
+    return all(progress.exercises.get(name, {}).get("solved") for name in lesson.exercises)
+
+
+def _keeping(progress: Progress) -> str:
+    if progress.kept:
+        return f"Kept in {PROGRESS}."
+    if progress.folder is not None:
+        return f"The folder cannot be written, so {PROGRESS} is not kept."
+    return "Nothing is kept here: start the lessons with sft-edu lab or make lab, and it will be."
