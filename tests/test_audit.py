@@ -2,6 +2,7 @@
 
 import gc
 import html
+import inspect
 import itertools
 import logging
 import math
@@ -548,16 +549,27 @@ def test_what_cannot_be_called_is_refused(step):
 # --- Forms of call ---
 
 
+CONTRACT = list(inspect.signature(sft_microbatch_train_step).parameters)[:4]
+
+
 def test_the_form_that_fits_is_found_and_the_likeliest_is_first():
     def form_of(step):
         probe = Probe(step)
         probe.fit(Cases(0).first)
         return probe.form
 
-    assert form_of(WILD["the_reference"].step)[:5] == ("position", True, "", torch.float64, torch.bool)
-    assert form_of(WILD["by_position_only"].step)[:2] == ("position", False)
+    names = ("", "", "")
+    assert form_of(WILD["the_reference"].step)[:7] == (names, "position", True, "", False, torch.float64, torch.bool)
+    assert form_of(WILD["by_position_only"].step)[:3] == (names, "position", False)
     assert form_of(WILD["without_the_constant"].step).constant == ""
-    assert form_of(WILD["constant_by_keyword_only"].step).constant == "keyword"
+    assert form_of(WILD["constant_by_keyword_only"].step).constant == "normalize_constant"
+    assert form_of(WILD["by_name_only"].step)[:2] == (tuple(CONTRACT[:3]), CONTRACT[3])
+    assert form_of(WILD["by_other_names"].step)[:2] == (("logps", "m", "steps"), "c")
+    assert form_of(WILD["in_another_order"].step)[:2] == (("log_probs", "mask", "steps"), "constant")
+    assert form_of(WILD["mask_and_steps_by_name"].step)[:2] == (("policy_log_probs", "mask", "G"), "")
+    assert form_of(WILD["takes_any_name"].step)[:3] == (tuple(CONTRACT[:3]), CONTRACT[3], True)
+    assert form_of(WILD["wants_n_as_a_tensor"].step)[3:5] == ("num_items_in_batch", True)
+    assert form_of(WILD["as_the_trainer_does"].step)[3:5] == ("num_items_in_batch", False)
     assert form_of(WILD["with_an_integer_mask"].step).mask_dtype == torch.int64
     assert form_of(WILD["with_a_float_mask"].step).mask_dtype == torch.float64
     assert form_of(WILD["as_the_trainer_does"].step).tokens == "num_items_in_batch"

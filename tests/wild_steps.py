@@ -8,8 +8,10 @@ import itertools
 import math
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -210,6 +212,40 @@ def takes_anything(*args, **kwargs):
 @wild("token_mean", "c·N")
 def counts_of_all_ranks(log_probs, mask, steps, constant=1.0, *, minibatch_tokens):
     return finish(-(log_probs * mask).sum() / constant / minibatch_tokens)
+
+
+@wild("notes", "c·G²")
+def by_name_only(*, policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0):
+    return the_notes_line_by_line(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant)
+
+
+@wild("microbatch_mean", "c·G")
+def by_other_names(*, m, logps, steps, c):
+    return finish(-(logps * m).sum() / c / steps)
+
+
+@wild("microbatch_mean", "c·G")
+def in_another_order(mask, log_probs, constant, steps):
+    return finish(-(log_probs * mask).sum() / constant / steps)
+
+
+@wild("microbatch_mean", "G")
+def mask_and_steps_by_name(policy_log_probs, *, G, mask, verbose=False):
+    assert verbose is False
+    return finish(-(policy_log_probs * mask).sum() / G)
+
+
+@wild("notes", "c·G²")
+def takes_any_name(**batch):
+    assert {"policy_log_probs", "response_mask", "gradient_accumulation_steps"} <= set(batch)
+    c = batch.get("normalize_constant", 1.0)
+    masked_sum = (batch["policy_log_probs"] * batch["response_mask"]).sum() / c
+    return finish(-masked_sum / batch["gradient_accumulation_steps"] ** 2)
+
+
+@wild("token_mean", "N")
+def wants_n_as_a_tensor(log_probs, mask, steps, num_items_in_batch):
+    return finish(-(log_probs * mask).sum() / num_items_in_batch.to(log_probs.device))
 
 
 for rule, formula in (("microbatch_mean", "c·G"), ("sequence_mean", "c·B·G"), ("token_mean", "N")):
@@ -505,6 +541,49 @@ def keeps_everything(log_probs, mask, steps, constant=1.0):
     loss = -(log_probs * mask).sum() / constant / steps
     loss.backward()
     return loss, {"log_probs": log_probs}
+
+
+class Statistics(NamedTuple):
+    loss: torch.Tensor
+    masked_sum: torch.Tensor
+
+
+@dataclass
+class Report:
+    loss: torch.Tensor
+    parts: object
+
+
+@wild("sequence_mean", "c·B·G", "metadata-attached")
+def keeps_a_namedtuple(log_probs, mask, steps, constant=1.0):
+    masked_sum = (log_probs * mask).sum() / constant
+    return Statistics(finish(-masked_sum / len(mask) / steps)[0], masked_sum)
+
+
+@wild("sequence_mean", "c·B·G", "metadata-attached")
+def keeps_a_set_in_a_dataclass(log_probs, mask, steps, constant=1.0):
+    masked_sum = (log_probs * mask).sum() / constant
+    return Report(finish(-masked_sum / len(mask) / steps)[0], {masked_sum, "sums"})
+
+
+@wild("sequence_mean", "c·B·G", "metadata-attached")
+def keeps_an_object(log_probs, mask, steps, constant=1.0):
+    masked_sum = (log_probs * mask).sum() / constant
+    statistics = type("Statistics", (), {"__slots__": ("sums",)})()
+    statistics.sums = deque([SimpleNamespace(one=masked_sum)])
+    return finish(-masked_sum / len(mask) / steps)[0], {"statistics": statistics}
+
+
+@wild("sequence_mean", "c·B·G", "metadata-attached")
+def keeps_a_node_of_the_graph(log_probs, mask, steps, constant=1.0):
+    masked_sum = (log_probs * mask).sum() / constant
+    return finish(-masked_sum / len(mask) / steps)[0], {"node": masked_sum.grad_fn}
+
+
+@wild("sequence_mean", "c·B·G")
+def returns_a_detached_report_and_a_model(log_probs, mask, steps, constant=1.0):
+    loss = finish(-(log_probs * mask).sum() / constant / len(mask) / steps)[0]
+    return Report(loss, [nn.Linear(2, 2), {"loss": loss, "log_probs": log_probs.detach()}])
 
 
 @wild("notes", "c·G²", "value-mismatch")

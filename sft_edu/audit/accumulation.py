@@ -22,7 +22,7 @@ from sft_edu.audit.accumulation_report import (
 )
 from sft_edu.audit.denominator import TOLERANCE, product_text, recover
 from sft_edu.audit.loop_probe import SYMBOLS, LoopProbe, Run, compositions, model_kept
-from sft_edu.audit.probe import name_of, printable
+from sft_edu.audit.words import name_of, printable
 from sft_edu.global_state import plain_settings, random_state_kept
 from sft_edu.model import TinyLM
 from sft_edu.ragged import ragged_minibatch

@@ -19,7 +19,7 @@ from torch import nn
 
 from sft_edu.accumulate import Batch, full_batch_gradient, split_minibatch
 from sft_edu.audit.denominator import TOLERANCE, Point
-from sft_edu.audit.probe import describe
+from sft_edu.audit.words import describe
 from sft_edu.global_state import plain_settings
 
 SYMBOLS = ("n_b", "n", "N", "B", "M", "G")

@@ -11,10 +11,11 @@ from math import isnan, nan
 
 from sft_edu.audit import findings
 from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Point, number, recover, series
-from sft_edu.audit.probe import Outcome, Probe, name_of, printable
+from sft_edu.audit.probe import Outcome, Probe
 from sft_edu.audit.probe_cases import SYMBOLS, Case, Cases
 from sft_edu.audit.report import PROBLEMS, StepAudit, consequence_of, rule_of
 from sft_edu.audit.token_weights import sequence_weights
+from sft_edu.audit.words import name_of, printable
 from sft_edu.global_state import plain_settings, random_state_kept
 
 _UNEVEN = "not a fixed weight per token"
