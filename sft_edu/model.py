@@ -56,6 +56,10 @@ class TinyLM(nn.Module):
             hidden = block(hidden)
         return self.head(self.final_norm(hidden))
 
+    def get_output_embeddings(self) -> nn.Linear:
+        """The projection onto the vocabulary, under the name that Hugging Face models have for it."""
+        return self.head
+
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
         for name, parameter in self.named_parameters():
