@@ -637,3 +637,74 @@ several(
     ("inverse", denominators(notes=lambda b, g, c, n, t: 1 / c / g / g), "inverse", "1/D"),
     ("c_extra", denominators(token_mean=lambda b, g, c, n, t: c * t), "constant-extra", "c is in your formula"),
 )
+
+
+# --- The loss of one rank of several ---
+
+
+def rank_sum(log_probs, mask):
+    return (log_probs * mask).sum()
+
+
+@right("check_rank_loss")
+def rank_loss_by_selection(log_probs, mask, minibatch_tokens, world_size):
+    return -log_probs[mask == 1].sum() * (world_size / minibatch_tokens)
+
+
+@right("check_rank_loss")
+def rank_loss_by_the_step(log_probs, mask, minibatch_tokens, world_size):
+    return masked_normalize(-log_probs, mask, normalize_constant=minibatch_tokens / world_size)
+
+
+@wrong("check_rank_loss", "mutates-input", "changed its arguments")
+def rank_loss_that_clears_the_mask(log_probs, mask, minibatch_tokens, world_size):
+    loss = -rank_sum(log_probs, mask.clone()) * world_size / minibatch_tokens
+    mask.zero_()
+    return loss
+
+
+@wrong("check_rank_loss", "runs-backward", "loop runs backward")
+def rank_loss_that_runs_backward(log_probs, mask, minibatch_tokens, world_size):
+    loss = -rank_sum(log_probs, mask) * world_size / minibatch_tokens
+    loss.backward()
+    return loss
+
+
+@wrong("check_rank_loss", "no-graph", "peers wait")
+def rank_loss_that_leaves_an_empty_rank_out(log_probs, mask, minibatch_tokens, world_size):
+    if not mask.any():
+        return torch.zeros(())
+    return -rank_sum(log_probs, mask) * world_size / minibatch_tokens
+
+
+@wrong("check_rank_loss", "empty-rank", "gradient of 0")
+def rank_loss_by_way_of_its_own_mean(log_probs, mask, minibatch_tokens, world_size):
+    return -(rank_sum(log_probs, mask) / mask.sum()) * (mask.sum() * world_size / minibatch_tokens)
+
+
+several(
+    "check_rank_loss",
+    ("product", lambda x, m, N, W: -W * rank_sum(x, m) / N),
+    ("one_element", lambda x, m, N, W: (-W * rank_sum(x, m) / N).unsqueeze(0)),
+    ("where", lambda x, m, N, W: -torch.where(m == 1, x, 0).sum() * W / N),
+    ("no_world_size", lambda x, m, N, W: -rank_sum(x, m) / N, "world-size-missing", "Multiply the loss by"),
+    ("over_world_size", lambda x, m, N, W: -rank_sum(x, m) / (N * W), "divided-by-world-size", "divides by W already"),
+    ("world_size_twice", lambda x, m, N, W: -rank_sum(x, m) * W**2 / N, "world-size-twice", "once too often"),
+    ("local", lambda x, m, N, W: -rank_sum(x, m) / m.sum(), "local-count", "mean of means"),
+    ("local_with_factor", lambda x, m, N, W: -rank_sum(x, m) * W / m.sum(), "local-count", "sum of means"),
+    ("local_times_world", lambda x, m, N, W: -rank_sum(x, m) / (m.sum() * W), "local-times-world", "equally many"),
+    ("sum", lambda x, m, N, W: -rank_sum(x, m), "not-divided", "not divided"),
+    ("sum_with_factor", lambda x, m, N, W: -rank_sum(x, m) * W, "not-divided", "multiplied by W"),
+    ("sum_over_world", lambda x, m, N, W: -rank_sum(x, m) / W, "not-divided", "W alone"),
+    ("sign", lambda x, m, N, W: rank_sum(x, m) * W / N, "wrong-sign", "minus the sum"),
+    ("sign_and_local", lambda x, m, N, W: rank_sum(x, m) / m.sum(), "wrong-sign", "minus the sum"),
+    ("no_mask", lambda x, m, N, W: -x.sum() * W / N, "mask-ignored", "mask is 1"),
+    ("inverted_mask", lambda x, m, N, W: -rank_sum(x, 1 - m) * W / N, "mask-ignored", "mask is 1"),
+    ("detached", lambda x, m, N, W: -rank_sum(x.detach(), m) * W / N, "no-graph", "cannot run"),
+    ("item", lambda x, m, N, W: -rank_sum(x, m).item() * W / N, "not-a-tensor", "Got float"),
+    ("by_token", lambda x, m, N, W: -x * m * W / N, "not-a-scalar", "sum over the tokens"),
+    ("probabilities", lambda x, m, N, W: -rank_sum(x.exp(), m) * W / N, "other", "weigh 1/N"),
+    ("zero", lambda x, m, N, W: (x * 0).sum(), "no-gradient", "No gradient reaches"),
+    ("infinite", lambda x, m, N, W: -rank_sum(x, m) / (N - N), "not-finite", "division by 0"),
+    ("first_token", lambda x, m, N, W: -x[m == 1][:1].sum() * W * m.sum() / N, "uneven-weights", "weigh differently"),
+)
