@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 
@@ -14,66 +14,13 @@ from torch import nn
 from sft_edu import checks
 from sft_edu.encode import Encoded, collate
 from sft_edu.log_probs import get_response_log_probs
+from sft_edu.one_process import OneProcess
 from sft_edu.step import sft_microbatch_train_step
-
-OPTIMIZERS = ("adamw", "sgd")
+from sft_edu.train_config import TrainConfig, learning_rate_at, make_optimizer
 
 
 class OutOfMemory(RuntimeError):
     """A microbatch does not fit into memory. The text says what would."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Args:
-        rule: one of `RULES`.
-        microbatch_size: sequences in one forward and backward: what has to fit into memory.
-        gradient_accumulation_steps: G, microbatches in one optimizer step.
-        normalize_constant: c > 0.
-        num_epochs: how often each example is seen.
-        optimizer: "adamw" or "sgd".
-        learning_rate: its highest value, after `warmup_steps` optimizer steps; then it falls along half a cosine.
-        warmup_steps: optimizer steps until then.
-        final_share: of the highest learning rate, left at the end.
-        weight_decay: of AdamW and SGD alike.
-        max_norm: the gradient is clipped to this length before the optimizer steps; infinity never clips.
-        seed: of the order of the examples.
-
-    Raises:
-        TypeError, ValueError: the text names the argument, what was given and what is expected.
-    """
-
-    rule: str = "token_mean"
-    microbatch_size: int = 16
-    gradient_accumulation_steps: int = 4
-    normalize_constant: float = 1.0
-    num_epochs: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    final_share: float = 0.05
-    weight_decay: float = 0.01
-    max_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks.check_rule(self.rule)
-        checks.check_steps(self.gradient_accumulation_steps)
-        checks.check_constant(self.normalize_constant, torch.float32)
-        for name, low in (("microbatch_size", 1), ("num_epochs", 1), ("warmup_steps", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise ValueError(f"{name}: got {value!r}; expected an integer of at least {low}")
-        for name, high in (("learning_rate", math.inf), ("max_norm", math.inf), ("final_share", 1.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
-                raise ValueError(f"{name}: got {value!r}; expected a number above 0{' up to 1' * (high == 1)}")
-        if isinstance(self.weight_decay, bool) or not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: got {self.weight_decay!r}; expected a number of at least 0")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer: got {self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
 
 
 @dataclass(frozen=True)
@@ -98,11 +45,15 @@ class Record:
 
 @dataclass
 class _Window:
-    """What the microbatches of the unfinished optimizer step have added up to."""
+    """The unfinished optimizer step: its microbatches, and what those that are done have added up to."""
 
-    index: int = 0  # microbatches done
+    steps: int  # its microbatches, on all ranks
+    num_tokens: int  # their response tokens
+    share: list[list[Encoded]]  # this rank's microbatch in each round; an empty one where there is none
+    index: int = 0  # rounds done
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     flags: list[torch.Tensor] = field(default_factory=list)
+    error: ValueError | None = None
 
 
 class Training:
@@ -114,27 +65,41 @@ class Training:
     Each epoch sees every example once, in an order that follows from the seed. The last window of an epoch may hold
     fewer microbatches than G, and its last microbatch fewer sequences: it is stepped with the G and N that it has.
 
+    Several ranks share the microbatches of each optimizer step. The config says the same as on one: metrics and
+    weights differ only by the order in which sums are added up.
+
     Args:
         model: returns logits `[B, T, V]`, or an object whose `.logits` they are. It is trained in place, on the device
             where it is; on an accelerator the forward pass runs in bfloat16 (autocast).
-        examples: what `encode` returns, at least one.
+        examples: what `encode` returns, at least one; all of them on every rank.
         config: see `TrainConfig`.
         pad_token_id: what fills the shorter sequences of a microbatch.
+        ranks: who shares the work; nobody when None. See `Ranks`.
 
     Raises:
-        TypeError, ValueError: see `TrainConfig`; or there is no example with a response token.
+        TypeError, ValueError: see `TrainConfig`; or there is no example with a response token; or the ranks were given
+            different models, examples or configs.
     """
 
     def __init__(
-        self, model: nn.Module, examples: Sequence[Encoded], config: TrainConfig, *, pad_token_id: int = 0
+        self,
+        model: nn.Module,
+        examples: Sequence[Encoded],
+        config: TrainConfig,
+        *,
+        pad_token_id: int = 0,
+        ranks: OneProcess | None = None,
     ) -> None:
+        self.model, self.examples, self.config, self.pad_token_id = model, examples, config, pad_token_id
+        self.ranks = ranks or OneProcess()
+        self.ranks.agree(model, examples, {**asdict(config), "pad_token_id": pad_token_id})
         if not any(any(example.is_response) for example in examples):
             raise ValueError(f"examples: got {len(examples)} without a response token; expected at least one with some")
-        self.model, self.examples, self.config, self.pad_token_id = model, examples, config, pad_token_id
         self.device = next(model.parameters()).device
+        self._wrapped = self.ranks.wrap(model)
         self.optimizer = make_optimizer(model, config)
         self.step = 0  # optimizer steps done
-        self._window = _Window()
+        self._window: _Window | None = None
 
     @property
     def minibatch_size(self) -> int:
@@ -156,8 +121,8 @@ class Training:
 
     @property
     def microbatch(self) -> int:
-        """Microbatches done of the unfinished optimizer step."""
-        return self._window.index
+        """Microbatches that this rank has done of the unfinished optimizer step."""
+        return self._window.index if self._window else 0
 
     def __iter__(self) -> Iterator[Record]:
         """Train on from where the run is, one optimizer step for each record."""
@@ -174,93 +139,135 @@ class Training:
         return [[self.examples[i] for i in part] for part in chosen.split(self.config.microbatch_size)]
 
     def run_microbatch(self) -> Record | None:
-        """One forward and backward and, after the last of the window, one optimizer step.
+        """One forward and backward on every rank and, after the last of the window, one optimizer step.
 
         Returns:
             The record of the optimizer step, or None where none was made.
 
         Raises:
             OutOfMemory: it does not fit; what to do is in the text.
-            ValueError: the model gave log-probs that are not finite; nothing was stepped.
+            ValueError: the model gave log-probs that are not finite; nothing was stepped. Ranks raise it together,
+                before they step, and name the one that it happened on.
         """
-        microbatches = self.minibatch()
-        examples = microbatches[self._window.index]
-        # Counted before the first backward: it divides every microbatch.
-        minibatch_tokens = max(sum(sum(e.is_response[1:]) for part in microbatches for e in part), 1)
+        window = self._window = self._window or self._open_window()
+        microbatch, is_last = window.share[window.index], window.index + 1 == len(window.share)
         try:
-            self._accumulate(collate(examples, self.pad_token_id), len(microbatches), minibatch_tokens)
+            with self.ranks.gradients(self._wrapped, travel=is_last):
+                self._accumulate(window, microbatch)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            raise OutOfMemory(_smaller(self.config, examples, self.device)) from error
-        self._window.index += 1
-        return self._optimizer_step(len(microbatches)) if self._window.index == len(microbatches) else None
+            raise OutOfMemory(_smaller(self.config, microbatch, self.device)) from error
+        window.index += 1
+        return self._optimizer_step(window) if is_last else None
 
-    def _accumulate(self, batch: dict[str, torch.Tensor], steps: int, minibatch_tokens: int) -> None:
+    def agree_to_stop(self, should_stop: Callable[[], bool]) -> bool:
+        """Whether to stop here, as `should_stop` says; where ranks wait for each other, one of them is enough.
+
+        Ranks are asked between optimizer steps only: between microbatches they do not talk.
+        """
+        if self.ranks.lockstep and self.microbatch:
+            return False
+        return self.ranks.any(should_stop())
+
+    def _open_window(self) -> _Window:
+        microbatches = self.minibatch()
+        share = self.ranks.share(microbatches)
+        # Counted before the first backward: it divides every microbatch.
+        num_tokens = self.ranks.count(sum(sum(e.is_response[1:]) for microbatch in share for e in microbatch))
+        return _Window(len(microbatches), max(num_tokens, 1), share)
+
+    def _accumulate(self, window: _Window, microbatch: list[Encoded]) -> None:
+        # A rank that has none left runs two tokens that count for nothing: the others wait for its backward.
+        batch = collate(microbatch or [Encoded((self.pad_token_id,) * 2, (False,) * 2)], self.pad_token_id)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         mask = batch["response_mask"]
         with self._precision():
-            scored = get_response_log_probs(self.model, batch["input_ids"], batch["labels"], return_token_entropy=True)
-        _, metadata = sft_microbatch_train_step(
-            scored["log_probs"],
-            mask,
-            steps,
-            self.config.normalize_constant,
-            rule=self.config.rule,
-            minibatch_tokens=minibatch_tokens,
-        )
-        selected = {"log_prob": scored["log_probs"].detach(), "entropy": scored["token_entropy"]}
-        new = {name: torch.where(mask, value, 0).sum() for name, value in selected.items()}
+            scored = get_response_log_probs(self._wrapped, **batch, return_token_entropy=True)
+        log_probs = self.ranks.weigh(scored["log_probs"])
+        try:
+            _, metadata = sft_microbatch_train_step(
+                log_probs,
+                mask,
+                window.steps,
+                self.config.normalize_constant,
+                rule=self.config.rule,
+                minibatch_tokens=window.num_tokens,
+            )
+        except ValueError as error:
+            if not self.ranks.lockstep:
+                raise
+            window.error = error
+            (0 * log_probs.sum()).backward()
+            return
+        new = {"log_prob": scored["log_probs"].detach().sum(), "entropy": scored["token_entropy"].sum()}
         new |= {"masked_sum": metadata["masked_sum"], "num_tokens": metadata["num_tokens"]}
-        old = self._window.sums
-        self._window.sums = {name: old[name] + value if name in old else value for name, value in new.items()}
-        self._window.flags.append(metadata["value_flags"])
+        window.sums = {name: window.sums[name] + value if window.sums else value for name, value in new.items()}
+        window.flags.append(metadata["value_flags"])
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.device.type == "cpu":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _optimizer_step(self, steps: int) -> Record:
-        checks.raise_for_bad_values(*({"value_flags": flags} for flags in self._window.flags))
+    def _optimizer_step(self, window: _Window) -> Record:
+        sums = self.ranks.total(window.sums, window.error or _bad_values(window.flags))
         learning_rate = learning_rate_at(self.step, self.num_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_norm, error_if_nonfinite=True)
+        grad_norm = self.ranks.clip(self.model, self.config.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        sums = {name: float(value) for name, value in self._window.sums.items()}
-        self._window = _Window()
+        self._window = None
         num_tokens = max(sums["num_tokens"], 1)
         return Record(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
             num_tokens=int(sums["num_tokens"]),
             nll=-sums["log_prob"] / num_tokens,
-            notes_loss=-sums["masked_sum"] / steps**3,
+            notes_loss=-sums["masked_sum"] / window.steps**3,
             entropy=sums["entropy"] / num_tokens,
-            grad_norm=float(grad_norm),
-            clipped_norm=min(float(grad_norm), self.config.max_norm),
+            grad_norm=grad_norm,
+            clipped_norm=min(grad_norm, self.config.max_norm),
             learning_rate=learning_rate,
         )
 
     def state_dict(self) -> dict[str, object]:
-        """All that the run needs to go on bit for bit, also in the middle of a minibatch; see `load_state_dict`."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        """All that the run needs to go on bit for bit, also in the middle of a minibatch; see `load_state_dict`.
+
+        Every rank has to call it, between optimizer steps. The first gets the state, which any number of ranks can go
+        on from; the others get an empty dict.
+
+        Raises:
+            RuntimeError: ranks are in the middle of a minibatch, where each holds a part of the gradient.
+        """
+        if self.ranks.lockstep and self._window:
+            raise RuntimeError(
+                f"state_dict: got a call after {self.microbatch} microbatches of a minibatch; expected one between "
+                "optimizer steps, where the ranks hold the same"
+            )
+        state = self.ranks.state_dict(self.model, self.optimizer)
+        if not state:
+            return {}
+        window = self._window or _Window(0, 0, [])
+        return state | {
             "grad": {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None},
             "step": self.step,
-            "microbatch": self._window.index,
-            "sums": self._window.sums,
-            "flags": self._window.flags,
+            "microbatch": window.index,
+            "sums": window.sums,
+            "flags": window.flags,
             "config": asdict(self.config),
             "num_examples": len(self.examples),
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from where another run of the same model, examples and config was.
+    def load_state_dict(self, state: dict[str, object]) -> list[str]:
+        """Go on from where another run of the same model, examples and config was, on any number of ranks.
+
+        Every rank is given the same state. Ranks begin a minibatch anew that was stopped in the middle.
+
+        Returns:
+            What keeps the run from being equal bit for bit to one that was never stopped, a sentence each.
 
         Raises:
             ValueError: config or examples are others; nothing has changed.
@@ -269,14 +276,21 @@ class Training:
         for name, value in given.items():
             if state[name] != value:
                 raise ValueError(f"{name}: got {value}; expected {state[name]}, with which the run began")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        differences = self.ranks.load_state_dict(self.model, self.optimizer, state)
+        self.step, self._window = state["step"], None
+        self.optimizer.zero_grad()
+        if state["microbatch"] and not self.ranks.lockstep:
+            self._load_window(state)
+        return differences
+
+    def _load_window(self, state: dict[str, object]) -> None:
         for name, parameter in self.model.named_parameters():
             gradient = state["grad"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
-        self.step = state["step"]
-        on_device = {name: value.to(self.device, copy=True) for name, value in state["sums"].items()}
-        self._window = _Window(state["microbatch"], on_device, [flags.to(self.device) for flags in state["flags"]])
+        window = self._window = self._open_window()
+        window.index = state["microbatch"]
+        window.sums = {name: value.to(self.device, copy=True) for name, value in state["sums"].items()}
+        window.flags = [flags.to(self.device) for flags in state["flags"]]
 
 
 @lru_cache(maxsize=1)
@@ -285,26 +299,12 @@ def _order(num_examples: int, seed: int) -> torch.Tensor:
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
 
 
-def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:
-    """The learning rate of optimizer step `step`, counted from 0: a straight line up, then half a cosine down.
-
-    Source:
-        Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017), one cycle of it.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    share = config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * share
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with the betas that language models are trained with, or plain SGD."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    betas = (0.9, 0.95)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
+def _bad_values(flags: Sequence[torch.Tensor]) -> ValueError | None:
+    try:
+        checks.raise_for_bad_values(*({"value_flags": one} for one in flags))
+    except ValueError as error:
+        return error
+    return None
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -313,18 +313,15 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _smaller(config: TrainConfig, examples: Sequence[Encoded], device: torch.device) -> str:
-    longest, size, steps = (
-        max(len(e.input_ids) for e in examples),
-        config.microbatch_size,
-        (config.gradient_accumulation_steps),
-    )
+    longest = max(len(e.input_ids) for e in examples)
     text = (
         f"microbatch_size: {len(examples)} sequences of up to {longest} tokens do not fit into the memory of {device}."
     )
+    size = config.microbatch_size
     if size == 1:
         return f"{text} One sequence is the least: take shorter ones (max_length) or a smaller model."
     half = size // 2
     return (
-        f"{text} Try microbatch_size {half} with gradient_accumulation_steps {math.ceil(size * steps / half)}: under "
-        "token_mean it is the same gradient."
+        f"{text} Try microbatch_size {half} with gradient_accumulation_steps "
+        f"{math.ceil(config.gradient_accumulation_steps * size / half)}: under token_mean it is the same gradient."
     )

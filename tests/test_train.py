@@ -12,7 +12,8 @@ from sft_edu.encode import Encoded, collate
 from sft_edu.model import TinyLM
 from sft_edu.tasks import make_examples
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import OutOfMemory, TrainConfig, Training, learning_rate_at
+from sft_edu.train import OutOfMemory, Training
+from sft_edu.train_config import TrainConfig, learning_rate_at
 
 TOKENIZER = ByteTokenizer()
 
