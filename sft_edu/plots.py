@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -29,6 +30,14 @@ BAR_FILL = ROLE_FILL | {
     "sequence_mean": "#0072b2",
     "microbatch_token_mean": "#e69f00",
     "token_mean": "#009e73",
+}
+# Of a line: the rules as above, and those that are told by their dashes too. curves.css has the same.
+LINE_LOOK = {
+    **{name: {"color": BAR_FILL[name], "linewidth": 1.8} for name in BAR_FILL},
+    "gradient": {"color": "#b35806", "linewidth": 1.8},
+    "held_out": {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3))},
+    "clipped": {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3))},
+    "before": {"color": "#8b939c", "linewidth": 1.4, "linestyle": ":"},
 }
 
 _WIDTH, _CHAIN, _TITLE, _ROW, _ROW_WITH_TOKEN = 8.8, 1.15, 0.3, 0.36, 0.5  # inches
@@ -209,4 +218,82 @@ def bar_figure(panels: Sequence[tuple[str, Sequence[Mapping], float | None]], lo
         axes.tick_params(axis="x", labelsize=8, labelcolor=FAINT)
         if reference is not None:
             axes.axvline(reference, color=INK, linewidth=1, linestyle="--")
+    return figure
+
+
+def curve_figure(panels: Sequence[Mapping], lines: Sequence[Mapping], end: float, x_title: str) -> Figure:
+    """Lines in panels side by side, with one horizontal axis in common.
+
+    Args:
+        panels: for each title, text (printed beside the title), limits of the vertical axis and log, whether that is
+            logarithmic.
+        lines: each with panel (its number), label, look (a key of `LINE_LOOK`) and points, (x, y) each.
+        end: the horizontal axis goes from 0 to it.
+        x_title: what it measures.
+    """
+    figure = Figure(figsize=(_WIDTH, 2.5), facecolor="white", layout="constrained")
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for line in lines:
+        x, y = zip(*line["points"], strict=True) if line["points"] else ((), ())
+        style = LINE_LOOK[line["look"]] | ({"marker": "."} if len(x) == 1 else {})
+        every_axes[line["panel"]].plot(x, y, label=line["label"], solid_capstyle="round", **style)
+    for axes, panel in zip(every_axes, panels, strict=True):
+        axes.set_yscale("log" if panel["log"] else "linear")
+        axes.set(xlim=(0, end), ylim=panel["limits"])
+        axes.set_title(panel["title"], loc="left", fontsize=9, color=INK)
+        axes.set_title(panel["text"], loc="right", fontsize=8, color=INK)
+        axes.set_xlabel(x_title, fontsize=8, color=FAINT)
+        axes.tick_params(labelsize=8, labelcolor=FAINT)
+        axes.grid(color="#e3e6ea", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A named line through points, or, where `is_measured`, marks without a line."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    colour: str
+    dashed: bool = False
+    is_measured: bool = False
+
+
+@dataclass(frozen=True)
+class GrowthPanel:
+    """Curves over one pair of axes. Every tick of the x axis is named in `ticks`."""
+
+    title: str
+    x_label: str
+    curves: Sequence[Growth]
+    ticks: Sequence[float]
+    log_y: bool = False
+
+
+def growth_figure(panels: Sequence[GrowthPanel]) -> Figure:
+    """Panels side by side, x logarithmic: what is computed as lines, what is measured as marks with a dark frame."""
+    figure = Figure(figsize=(_WIDTH, 3.3), facecolor="white", layout="constrained")
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(every_axes, panels, strict=True):
+        for curve in panel.curves:
+            look = {"linestyle": "--" if curve.dashed else "-", "linewidth": 1.8}
+            if curve.is_measured:
+                look = {"linestyle": "none", "marker": "o", "markersize": 7, "markeredgecolor": INK, "zorder": 3}
+            axes.plot(curve.xs, curve.ys, label=curve.label, color=curve.colour, **look)
+        axes.set_xscale("log")
+        axes.set_yscale("log" if panel.log_y else "linear")
+        if not panel.log_y:
+            axes.set_ylim(bottom=0)
+        axes.set_xticks(panel.ticks, [f"{tick:,.4g}" for tick in panel.ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_title(panel.title, loc="left", fontsize=9, color=INK)
+        axes.set_xlabel(panel.x_label, fontsize=8, color=FAINT)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.tick_params(labelsize=8, labelcolor=FAINT)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7.5, frameon=False)
     return figure

@@ -1,38 +1,5 @@
 // Horizontal bars on one axis. Rows are made once for a number of rows; after that only texts and lengths change.
-// view.js stands above this line when it runs.
-
-const TICKS = 12; // at most; those not needed are hidden
-
-// Where a value stands on the axis: 0 at its low end, 1 at its high end, below or above these beyond it.
-function place(value, [low, high], log) {
-  return log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
-}
-
-// Round numbers on the axis: about five of them, or the powers of ten.
-function ticksOf([low, high], log) {
-  const slack = 1e-9;
-  if (log) {
-    const decades = Math.log10(high / low);
-    const stride = Math.ceil(decades / 8);
-    const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
-    const found = [];
-    for (let power = first; power <= last; power += stride) {
-      for (const digit of decades < 2.5 ? [1, 2, 5] : [1]) found.push(digit * 10 ** power);
-    }
-    return found.filter((tick) => tick >= low * (1 - slack) && tick <= high * (1 + slack)).slice(0, TICKS);
-  }
-  const rough = (high - low) / 5;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((factor) => factor * power >= rough * (1 - slack)) * power;
-  const found = [];
-  for (let index = Math.ceil(low / step - slack); index * step <= high + slack * step; index++) found.push(index * step);
-  return found.slice(0, TICKS);
-}
-
-function tickText(tick) {
-  const size = Math.abs(tick);
-  return size !== 0 && (size < 1e-3 || size >= 1e5) ? tick.toExponential().replace("+", "") : String(+tick.toPrecision(6));
-}
+// view.js and axis.js stand above this line when it runs.
 
 function render({ model, el }) {
   const root = make("div", "sft-edu-view sft-edu-bars");

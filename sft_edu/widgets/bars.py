@@ -40,7 +40,7 @@ class Bars(LiveView):
         words: a sentence or two on what the bars show, read out once they have stopped changing.
     """
 
-    _esm = page_text("view.js", "bars.js")
+    _esm = page_text("view.js", "axis.js", "bars.js")
     _css = page_text("view.css", "bars.css")
     rows = traitlets.List().tag(sync=True)
     title = traitlets.Unicode().tag(sync=True)
