@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,7 +24,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     # fork_rng knows no mps.
     accelerators = {} if device.type in ("cpu", "mps") else {"devices": [device], "device_type": device.type}
     try:
-        with torch.no_grad(), torch.random.fork_rng(**({"devices": []} | accelerators)):
+        # On another thread, putting a generator back would take back what the main one has drawn meanwhile.
+        alone = threading.current_thread() is threading.main_thread()
+        with torch.no_grad(), torch.random.fork_rng(**({"devices": []} | accelerators), enabled=alone):
             model.eval()
             yield
     finally:
