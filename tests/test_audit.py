@@ -101,7 +101,7 @@ def a_step_with(powers, factor):
     def step(log_probs, mask, steps, constant, *, minibatch_tokens):
         rows, columns = mask.shape
         lengths = mask.sum(1).clamp(min=1).double()
-        counts = {"c": constant, "n": lengths.sum(), "N": minibatch_tokens, "B": rows, "T": columns, "G": steps}
+        counts = {"c": constant, "n": mask.sum().clamp(min=1).double(), "N": minibatch_tokens, "B": rows, "T": columns, "G": steps}
         denominator = factor * lengths ** float(powers["n_b"])
         for symbol, count in counts.items():
             denominator = denominator * count ** float(powers[symbol])
@@ -601,14 +601,14 @@ def test_a_fourth_argument_that_is_not_the_constant_is_left_alone():
 def test_the_report_reads_well_and_says_what_was_measured():
     assert str(audit_step(WILD["shifts_the_mask_left"].step)) == (
         "shifts_the_mask_left: sequence_mean, D = c·B·G\n"
-        "1 problem found in 37 calls:\n"
+        "1 problem found in 38 calls:\n"
         "  prompt-tokens-trained  A gradient reaches 5 of 65 prompt, 0 of 50 padding tokens and 1 of 1 gap token in a "
         "response; the mask is one position too early.\n"
-        "Tokens outside the mask are trained: the model learns to write prompts or padding."
+        "Tokens outside the mask are trained: as far as they weigh, the model learns to write prompts or padding."
     )
     two = audit_step(WILD["just_the_sum"].step)
     assert str(two).splitlines()[1:4] == [
-        "2 problems found in 37 calls:",
+        "2 problems found in 38 calls:",
         "  constant-ignored  D = 1 at c = 0.6 and at c = 3.2.",
         "  steps-ignored     D = 1 at G = 3 and at G = 9.",
     ]
@@ -649,6 +649,8 @@ def test_details_and_dict_hold_every_problem_in_the_documented_order():
         ("inverts_the_mask", "the mask is inverted"),
         ("shifts_the_mask_right", "one position too late"),
         ("weighs_the_prompt_a_little", "0.1 times that of a response token"),
+        ("leaks_next_to_nothing", "1e-08 times that of a response token"),
+        ("mean_over_all_positions", "at T = 27 and 402.857 at T = 47. Only the padding differs."),
         ("freezes_the_log_probs", "policy_log_probs"),
         ("clears_the_mask", "response_mask"),
         ("squeezes_a_single_sequence", "B = 1"),

@@ -317,9 +317,31 @@ def multiplies_by_g(log_probs, mask, steps, constant=1.0):
     return finish(-(log_probs * mask).sum(1).mean() / constant * steps)
 
 
-@wild(None, "B·T·G/c")
+@wild(None, "B·T·G/c", "padding-counted")
 def mean_over_all_positions(log_probs, mask, steps, constant=1.0):
     return finish(-(log_probs * mask).mean() * constant / steps)
+
+
+@wild(None, "B·T·G", "padding-counted", "constant-ignored")
+def cross_entropy_with_its_mean(log_probs, mask, steps, constant=1.0):
+    return finish(-torch.where(mask, log_probs, 0).mean() / steps)
+
+
+@wild(None, "c·B_r·G")
+def mean_over_sequences_that_have_tokens(log_probs, mask, steps, constant=1.0):
+    trained = mask.any(1)
+    return finish(-(log_probs * mask).sum() / trained.sum().clamp(min=1) / constant / steps)
+
+
+@wild(None, "n_b·B_r·G")
+def token_means_of_sequences_that_have_tokens(log_probs, mask, steps):
+    means = (log_probs * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return finish(-(means.sum() / mask.any(1).sum().clamp(min=1)) / steps)
+
+
+@wild(None, "n·G, but not beside a sequence without response tokens (not a product)")
+def counts_one_token_at_least(log_probs, mask, steps):
+    return finish(-(log_probs * mask).sum() / mask.sum(1).clamp(min=1).sum() / steps)
 
 
 @wild(None, "n·G²")
@@ -399,9 +421,20 @@ def picks_rows_with_an_integer_mask(log_probs, mask, steps, constant=1.0):
     return finish(-log_probs[mask.any(1)].sum() / constant / steps)
 
 
-@wild("microbatch_mean", "c·G", "mask-ignored")
+@wild("sequence_token_mean", "n_b·B·G", "mask-ignored")
+def masks_the_lengths_alone(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.sum(1) / mask.sum(1).clamp(min=1)).mean() / steps)
+
+
+@wild("microbatch_mean", "c·G", "prompt-tokens-trained")
 def weighs_the_prompt_a_little(log_probs, mask, steps, constant=1.0):
     return finish(-(log_probs * (mask + 0.1 * ~mask)).sum() / constant / steps)
+
+
+@wild("sequence_token_mean", "n_b·B·G", "prompt-tokens-trained")
+def leaks_next_to_nothing(log_probs, mask, steps, constant=1.0):
+    weights = (mask + 1e-8) / mask.sum(1, keepdim=True).clamp(min=1)
+    return finish(-(log_probs * weights).sum(1).mean() / steps)
 
 
 @wild("sequence_mean", "c·B·G", "prompt-tokens-trained")

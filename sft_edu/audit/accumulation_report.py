@@ -29,7 +29,8 @@ LOOP_PROBLEMS: Mapping[str, str] = MappingProxyType(
         "no-backward": "Nothing is trained: no gradient reaches the model that the loop is given.",
         "wrong-sign": "Every step of the optimizer makes the responses less likely.",
         "mask-ignored": "Prompt and padding are trained as if they were responses.",
-        "prompt-tokens-trained": "Tokens outside the mask are trained: the model learns to write prompts or padding.",
+        "prompt-tokens-trained": "Tokens outside the mask are trained: as far as they weigh, the model learns to write "
+        "prompts or padding.",
         "uneven-weights": "Tokens of one sequence do not count alike, so no denominator describes this loop.",
         "sequences-missing": "Some sequences of the minibatch train nothing.",
         "depends-on-split": "The same sequences train the model differently when they are cut differently: "

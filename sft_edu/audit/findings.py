@@ -9,11 +9,14 @@ import torch
 
 from sft_edu.audit.denominator import TOLERANCE, Point, number, series, varies
 from sft_edu.audit.probe import Outcome, Probe
-from sft_edu.audit.probe_cases import Case, Cases
+from sft_edu.audit.probe_cases import Case
 from sft_edu.audit.token_weights import sequence_weights, token_problem
 
 Finding = tuple[str, str]
 Calls = Sequence[tuple[Case, Outcome]]
+
+EMPTY = ("no response token", "one sequence without any", "two sequences without any")
+"""The cases of `Cases.empty` in words."""
 
 _SAME = 1e-9  # two calls with the same arguments, relative
 _LOSS_TOLERANCE = 1e-5  # a sum of some twenty numbers, perhaps in float32
@@ -89,9 +92,9 @@ def losses(calls: Calls) -> Iterator[Finding]:
 def ignored(points: Sequence[Point], takes_constant: bool) -> Iterator[Finding]:
     """Counts without effect on D. A token count takes the place of c; that of the whole minibatch takes that of G."""
     if takes_constant and not any(varies(points, symbol) for symbol in ("c", "n", "n_b", "N")):
-        yield "constant-ignored", _same_at_both_ends(points, "c")
+        yield "constant-ignored", _at_both_ends(points, "c")
     if not any(varies(points, symbol) for symbol in ("G", "N")):
-        yield "steps-ignored", _same_at_both_ends(points, "G")
+        yield "steps-ignored", _at_both_ends(points, "G")
 
 
 def returned_and_changed(outcomes: Sequence[Outcome]) -> Iterator[Finding]:
@@ -136,12 +139,16 @@ def parameters(probe: Probe, case: Case, gradient: torch.Tensor) -> Iterator[Fin
         yield "no-backward", "It writes .grad of the log-probs itself; parameters behind them get no gradient."
 
 
-def empty_masks(probe: Probe, cases: Cases, first: Outcome) -> Iterator[Finding]:
-    """A microbatch, or one of its sequences, without response tokens. `first` is a call with some."""
+def padding(points: Sequence[Point]) -> Iterator[Finding]:
+    if varies(points, "T"):
+        yield "padding-counted", f"{_at_both_ends(points, 'T')} Only the padding differs."
+
+
+def empty_masks(calls: Calls, first: Outcome) -> Iterator[Finding]:
+    """A microbatch, or one or two of its sequences, without response tokens. `first` is a call with some."""
     loss_was_finite = first.loss is not None and math.isfinite(first.loss)
     gradient_was_finite = bool(arrived(first).isfinite().all())
-    for name, case in zip(("no response token", "one sequence without any"), cases.empty(), strict=True):
-        outcome = probe(case)
+    for name, (_, outcome) in zip(EMPTY, calls, strict=True):
         gradients = [outcome.gradient, *outcome.accumulated]
         if outcome.error:
             yield "raises", f"With {name}: {outcome.error}"
@@ -163,11 +170,12 @@ def _equal(one: float | None, other: float | None) -> bool:
     return math.isclose(one, other, rel_tol=_SAME) or (math.isnan(one) and math.isnan(other))
 
 
-def _same_at_both_ends(points: Sequence[Point], symbol: str) -> str:
+def _at_both_ends(points: Sequence[Point], symbol: str) -> str:
     line = series(points, symbol)
     first, last = line[0], line[-1]
+    changed = f"{number(last.value)} " if varies(points, symbol) else ""
     return (
-        f"D = {number(first.value)} at {symbol} = {number(first.counts[symbol])} and at "
+        f"D = {number(first.value)} at {symbol} = {number(first.counts[symbol])} and {changed}at "
         f"{symbol} = {number(last.counts[symbol])}."
     )
 

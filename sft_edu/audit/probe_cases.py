@@ -43,9 +43,10 @@ class Case:
         """Response tokens of each sequence, int64 `[B]`."""
         return self.mask.sum(1)
 
-    def counts(self, row: int) -> dict[str, float]:
-        """The value of each symbol for one sequence."""
+    def counts(self, row: int, trained_rows: bool = False) -> dict[str, float]:
+        """The value of each symbol for one sequence. With `trained_rows`, B leaves out sequences without tokens."""
         rows, columns = self.mask.shape
+        rows = int(self.mask.any(1).sum()) if trained_rows else rows
         return {
             "c": 1.0 if self.constant is None else self.constant,
             "n_b": int(self.lengths[row]),
@@ -119,10 +120,10 @@ class Cases:
             yield self._case(self._lengths, c=None)
 
     def empty(self) -> Iterator[Case]:
-        """A microbatch without response tokens, and one in which a single sequence has none."""
+        """A microbatch without response tokens, and two in which one and two sequences have none."""
         case = self._case(self._lengths)
-        yield replace(case, mask=torch.zeros_like(case.mask))
-        yield replace(case, mask=case.mask & (torch.arange(len(case.mask)) > 0).unsqueeze(1))
+        for rows in (len(case.mask), 1, 2):
+            yield replace(case, mask=case.mask & (torch.arange(len(case.mask)) >= rows).unsqueeze(1))
 
     def earlier_gradient(self) -> torch.Tensor:
         """Something to be in `.grad` before the step runs, float64 `[B, T]`, nowhere 0."""

@@ -16,8 +16,10 @@ PROBLEMS: Mapping[str, str] = MappingProxyType(
         "no-backward": "Nothing is trained: no gradient reaches the parameters.",
         "wrong-sign": "Every step of the optimizer makes the responses less likely.",
         "mask-ignored": "Prompt and padding are trained as if they were responses.",
-        "prompt-tokens-trained": "Tokens outside the mask are trained: the model learns to write prompts or padding.",
+        "prompt-tokens-trained": "Tokens outside the mask are trained: as far as they weigh, the model learns to write "
+        "prompts or padding.",
         "uneven-weights": "Response tokens do not count alike, so no single denominator describes this step.",
+        "padding-counted": "D counts padding: the same responses get a smaller gradient beside a longer one.",
         "constant-ignored": "normalize_constant has no effect, whatever value is given.",
         "steps-ignored": "The accumulated gradient grows with the number of microbatches, and so does every update.",
         "loss-attached": "Keeping the returned loss, for a log, keeps the nodes of its graph in memory.",
@@ -57,6 +59,10 @@ CONSEQUENCES = {
 }
 
 
+TRAINED_ROWS = "B_r"
+"""The symbol for sequences with response tokens, where a step counts those and not B."""
+
+
 @dataclass(frozen=True)
 class Known:
     """A rule that the audit knows by name: exponents of the counts without c, and whether c belongs to it."""
@@ -90,7 +96,8 @@ class StepAudit:
         rule: the rule it implements, one of `RULES` or `sequence_token_mean`; None if it is none of them. c may be in
             it or not: at its default of 1 that is no difference.
         formula: the denominator that was measured, such as `c·G²`, in the symbols of `scaling.py` with T, the positions
-            of a row, and n_b, the response tokens of a sequence. Without its sign.
+            of a row, n_b, the response tokens of a sequence, and B_r, the sequences of a microbatch that have some,
+            where they are counted in the place of B. Without its sign.
         problems: codes, in the order of `PROBLEMS`.
         details: for each code a sentence with what was measured.
         consequence: what the first problem, or else the rule, does to training.
@@ -175,6 +182,11 @@ def consequence_of(rule: str | None, problems: tuple[str, ...], formula: str) ->
         return PROBLEMS[problems[0]]
     if rule is not None:
         return CONSEQUENCES[rule]
+    if TRAINED_ROWS in formula:
+        return (
+            f"{TRAINED_ROWS} are the sequences with response tokens: one without any is left out of the mean, so the "
+            "others of its microbatch weigh more than those of a full one."
+        )
     return (
         "No known rule divides like this: work out what its microbatches accumulate to before choosing a learning rate."
     )

@@ -6,17 +6,19 @@ The evidence is the gradient that autograd leaves in the log-probs it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import isnan, nan
 
 from sft_edu.audit import findings
-from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Point, number, recover, series
+from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Denominator, Point, number, recover, series
 from sft_edu.audit.probe import Outcome, Probe
 from sft_edu.audit.probe_cases import SYMBOLS, Case, Cases
-from sft_edu.audit.report import PROBLEMS, StepAudit, consequence_of, rule_of
+from sft_edu.audit.report import PROBLEMS, TRAINED_ROWS, StepAudit, consequence_of, rule_of
 from sft_edu.audit.token_weights import sequence_weights
 from sft_edu.audit.words import name_of, printable
 from sft_edu.global_state import plain_settings, random_state_kept
+
+Call = tuple[Case, Outcome]
 
 _UNEVEN = "not a fixed weight per token"
 _FEWEST = 3  # values of a count, where the step raised for the others
@@ -50,7 +52,7 @@ def audit_step(step: Callable[..., object], *, seed: int = 0) -> StepAudit:
         ...     return loss, {}
         >>> audit_step(step)
         step: microbatch_mean, D = c·G
-        1 problem found in 37 calls:
+        1 problem found in 38 calls:
           loss-attached  The returned loss requires grad.
         Keeping the returned loss, for a log, keeps the nodes of its graph in memory.
     """
@@ -88,6 +90,7 @@ class _Audit:
         varied = [(case, first), *self._calls(self.cases.varied(bool(form.constant), bool(form.tokens)))]
         full, edges = self._calls([self.cases.full()]), self._calls(self.cases.edges(form.may_omit_constant))
         other = self._calls([self.cases.with_other_log_probs()])
+        empty = [(case, self.probe(case)) for case in self.cases.empty()]
         repeated += self._calls([case])
         outcomes = [outcome for _, outcome in (*varied, *full, *edges)]
         self._note(findings.returned_and_changed(outcomes))
@@ -99,12 +102,12 @@ class _Audit:
         self._note(findings.earlier_gradient(self.probe, case, first, self.cases.earlier_gradient()))
         if "overwrites-grad" not in self.found:  # it explains why parameters get nothing
             self._note(findings.parameters(self.probe, case, gradient))
-        self._note(findings.empty_masks(self.probe, self.cases, first))
+        self._note(findings.empty_masks(empty, first))
         for _, outcome in other:
             self._note(findings.log_prob_weights(gradient, findings.arrived(outcome)))
         if "uneven-weights" not in self.found:
             self._note(findings.losses([*varied, *edges]))
-            return self._name(_points(varied), _points(edges))
+            return self._name(_points(varied), _points(edges), empty)
         return None, _UNEVEN
 
     def _calls(self, cases: Iterable[Case]) -> list[tuple[Case, Outcome]]:
@@ -113,7 +116,7 @@ class _Audit:
         self._note(("raises", f"With {case}: {outcome.error}") for case, outcome in calls if outcome.error)
         return [(case, outcome) for case, outcome in calls if not outcome.error]
 
-    def _name(self, points: list[Point], edges: list[Point]) -> tuple[str | None, str]:
+    def _name(self, points: list[Point], edges: list[Point], empty: Sequence[Call]) -> tuple[str | None, str]:
         """The rule and formula of what was measured."""
         # The centre of all series is a sequence with the reference length, which every case has.
         points.sort(key=lambda point: point.counts["n_b"] != self.cases.reference)
@@ -123,16 +126,26 @@ class _Audit:
         if found.predict is None and _differs_within_a_case(points):
             self._note([("uneven-weights", "Sequences differ in weight, and not by a power of their token counts.")])
             return None, _UNEVEN
+        self._note(findings.padding(points))
         self._note(findings.ignored(points, bool(self.probe.form.constant)))
-        for counts, value in edges:
-            expected = value if found.predict is None else found.predict(counts)
-            if not abs(value - expected) <= TOLERANCE * expected:
-                where = ", ".join(f"{symbol} = {number(counts[symbol])}" for symbol in ("B", "G", "c"))
-                text, measured = found.formula.removesuffix(NOT_A_PRODUCT).rstrip(), number(value)
-                return None, f"{text}, but {_UNEVEN if isnan(value) else measured} at {where} {NOT_A_PRODUCT}"
-        if found.powers is None:
+        if found.predict is None:
             return None, found.formula
-        return rule_of(found.powers, found.factor), found.formula
+        odd = _first_off(found, edges)
+        if odd:
+            where = ", ".join(f"{symbol} = {number(odd.counts[symbol])}" for symbol in ("B", "G", "c"))
+            measured = _UNEVEN if isnan(odd.value) else number(odd.value)
+            return None, _exception(found, f"{measured} at {where}")
+        return self._name_with_empty_sequences(found, empty)
+
+    def _name_with_empty_sequences(self, found: Denominator, empty: Sequence[Call]) -> tuple[str | None, str]:
+        """Rule and formula once it is known whether a sequence without response tokens counts in B."""
+        finite = [call for call in empty if call[1].gradient is not None and call[1].gradient.isfinite().all()]
+        odd = _first_off(found, _points(finite))
+        if odd is None:
+            return rule_of(found.powers, found.factor) if found.powers is not None else None, found.formula
+        if _first_off(found, _points(finite, trained_rows=True)) is None:
+            return None, found.formula.replace("B", TRAINED_ROWS)
+        return None, _exception(found, "not beside a sequence without response tokens")
 
     def _was_varied(self, points: list[Point]) -> bool:
         """Whether the step ran often enough for the effect of each count to be known."""
@@ -158,15 +171,26 @@ class _Audit:
         )
 
 
-def _points(calls: Iterable[tuple[Case, Outcome]]) -> list[Point]:
+def _points(calls: Iterable[Call], trained_rows: bool = False) -> list[Point]:
     """One measurement for each trained sequence; NaN for a call whose tokens do not count alike."""
     points = []
     for case, outcome in calls:
         gradient = findings.arrived(outcome)
         weights = [] if gradient is None else sequence_weights(gradient, case.mask)
-        weights = [nan] if isinstance(weights, str) else weights
-        points += [Point(case.counts(row), 1 / abs(weight)) for row, weight in enumerate(weights) if weight]
+        weights = [nan] * len(case.mask) if isinstance(weights, str) else weights
+        counted = [(case.counts(row, trained_rows), weight) for row, weight in enumerate(weights) if weight]
+        points += [Point(counts, 1 / abs(weight)) for counts, weight in counted if counts["n_b"]]
     return points
+
+
+def _first_off(found: Denominator, points: Iterable[Point]) -> Point | None:
+    """The first measurement that the formula does not give."""
+    return next((p for p in points if not abs(p.value - found.predict(p.counts)) <= TOLERANCE * p.value), None)
+
+
+def _exception(found: Denominator, but: str) -> str:
+    """The formula with the one kind of case that it does not hold for."""
+    return f"{found.formula.removesuffix(NOT_A_PRODUCT).rstrip()}, but {but} {NOT_A_PRODUCT}"
 
 
 def _differs_within_a_case(points: Iterable[Point]) -> bool:

@@ -30,7 +30,8 @@ def token_problem(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[s
     leaking = [one for one in seen if (one[2] & ~one[0]).any()]
     if leaking:
         everything = all(trained.all() for _, _, trained in seen)
-        return "mask-ignored" if everything else "prompt-tokens-trained", _leak(*leaking[0])
+        alike = everything and all(_leaked_share(*one[:2]) >= 1 - TOLERANCE for one in leaking)
+        return "mask-ignored" if alike else "prompt-tokens-trained", _leak(*leaking[0])
     missing = next(((mask, trained) for mask, _, trained in seen if (mask & ~trained).any()), None)
     if missing:
         mask, trained = missing
@@ -70,11 +71,21 @@ def _leak(mask: torch.Tensor, gradient: torch.Tensor, trained: torch.Tensor) -> 
     kinds = {"prompt": before, "padding": behind, "gap": ~mask & ~before & ~behind}
     counts = [f"{int((outside & kind).sum())} of {int(kind.sum())} {name}" for name, kind in kinds.items()]
     text = f"A gradient reaches {', '.join(counts[:2])} tokens and {counts[2]} token in a response"
-    inside = gradient[trained & mask]
-    ratio = (gradient[outside].abs().max() / inside.abs().min()).item() if len(inside) else 1
-    if ratio < 1 - TOLERANCE:
-        text += f", {number(ratio)} times that of a response token at most"
+    share = _leaked_share(mask, gradient)
+    if share < 1 - TOLERANCE:
+        text += f", {number(share)} times that of a response token at most"
     return text + _explained(mask, trained)
+
+
+def _leaked_share(mask: torch.Tensor, gradient: torch.Tensor) -> float:
+    """The largest gradient outside the mask, in terms of the smallest under it in the same sequence.
+
+    1 for a sequence in which no token under the mask is trained.
+    """
+    sizes = gradient.abs()
+    inside = sizes.masked_fill(~(mask & trained_tokens(gradient)), torch.inf).amin(1)
+    outside = sizes.masked_fill(mask, 0).amax(1)
+    return torch.where(inside.isinf(), (outside > 0).double(), outside / inside).max().item()
 
 
 def _explained(mask: torch.Tensor, trained: torch.Tensor) -> str:
