@@ -1,7 +1,9 @@
 """Widgets for the lessons: labs to drive by hand or from code, pictures with words, predictions."""
 
 from sft_edu.widgets.accumulation_lab import AccumulationLab
+from sft_edu.widgets.answers import Answers
 from sft_edu.widgets.bars import Bars
+from sft_edu.widgets.curves import Curves
 from sft_edu.widgets.figure import FigureView
 from sft_edu.widgets.mask_lab import MaskLab
 from sft_edu.widgets.optimizer_lab import OptimizerLab
@@ -18,7 +20,9 @@ from sft_edu.widgets.training_lab import TrainingLab
 
 __all__ = [
     "AccumulationLab",
+    "Answers",
     "Bars",
+    "Curves",
     "FigureView",
     "MaskLab",
     "OptimizerLab",

@@ -103,6 +103,7 @@ class TrainingLab(Lab):
         )
         *knobs, switch, reset = self.children[0].children
         self.children[0].children = knobs
+        switch.layout.margin = "2px 2px 2px 20px"
         self._buttons.children = [self._go_button, self._step_button, reset, switch]
 
     @property
@@ -310,7 +311,7 @@ class TrainingLab(Lab):
         if run.error is not None:
             said.append(f"{type(run.error).__name__} ended the run.")
         if self.train_on_prompt:
-            said.append("The line of what is trained on counts prompt tokens too.")
+            said.append("In training the NLL counts prompt tokens too.")
         if before is not None:
             said.append(f"Dotted: the run before, with {self._difference(before)}.")
         return " ".join(said)

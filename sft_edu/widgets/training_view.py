@@ -52,10 +52,10 @@ def lines(run: TrainingRun, asked: str) -> list[dict]:
     rule, records = run.settings["rule"], _thinned(run.records)
     held_out = [(look.seen, look.scores.nll) for look in run.looks]
     return [
-        _line(_NLL, "trained on", rule, ((run.seen_after(r.step), r.nll) for r in records)),
+        _line(_NLL, "training", rule, ((run.seen_after(r.step), r.nll) for r in records)),
         _line(_NLL, "held out" if asked == "held-out" else "all of them", "held_out", held_out),
-        _line(_GRADIENT, "before clipping", "gradient", ((run.seen_after(r.step), r.grad_norm) for r in records)),
-        _line(_GRADIENT, "after it", "clipped", ((run.seen_after(r.step), r.clipped_norm) for r in records)),
+        _line(_GRADIENT, "unclipped", "gradient", ((run.seen_after(r.step), r.grad_norm) for r in records)),
+        _line(_GRADIENT, "clipped", "clipped", ((run.seen_after(r.step), r.clipped_norm) for r in records)),
         _line(_RIGHT, "this run", rule, ((look.seen, 100 * look.scores.exact_match) for look in run.looks)),
     ]
 
