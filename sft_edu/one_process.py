@@ -24,6 +24,7 @@ class OneProcess:
 
     rank = 0
     world_size = 1
+    layout = "1 process"
     lockstep = False
     """Whether others wait in their last backward for this process: then errors and stops have to be agreed on."""
 
@@ -73,8 +74,11 @@ class OneProcess:
         return float(clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True))
 
     def state_dict(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-        """`model` and `optimizer`, the same for any number of processes; empty where nobody is to store it."""
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        """`model` and `optimizer`, the same for any number of processes, and more that `load_state_dict` wants.
+
+        Empty on all processes but the first.
+        """
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "layout": self.layout}
 
     def load_state_dict(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, object]
@@ -86,7 +90,11 @@ class OneProcess:
         """
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        ranks = state.get("ranks", 1)
-        if ranks == self.world_size:
+        return self.differences(state)
+
+    def differences(self, state: Mapping[str, object]) -> list[str]:
+        """What `load_state_dict` returns."""
+        before = state.get("layout", self.layout)
+        if before == self.layout:
             return []
-        return [f"the number of ranks was {ranks} and is {self.world_size}, so sums are added up in another order"]
+        return [f"the run was on {before} and is on {self.layout}, so that sums are added up in another order"]
