@@ -10,6 +10,7 @@ import torch
 
 from sft_edu.exercises.guard import Judged, call, judged, reading, smallest
 from sft_edu.exercises.verdict import Verdict, close, numbers, right, wrong
+from sft_edu.progress import remembered
 
 _NO_GRAPH = "Look for detach, item or no_grad."
 _EXPECTED = "a tensor with one element, a float"
@@ -52,6 +53,7 @@ _TELLING = _Case(((0, 1, 1, 1, 1, 0), (1, 1, 0, 1, 1, 1), (0, 0, 0, 1, 1, 0)))
 _EMPTY = _Case(((1, 1, 0), (0, 0, 0), (1, 1, 1)))
 
 
+@remembered
 @judged
 def check_rank_loss(rank_loss: Callable[..., torch.Tensor]) -> Verdict:
     """Check the loss that each of W ranks runs backward on, where the engine averages the gradients over the ranks.
