@@ -85,11 +85,13 @@ def _data_parallel(model: nn.Module, microbatches: Sequence[Batch], counts: tupl
         replica.zero_grad()
         watch = _Watch()
         with _traffic() as received:
+            start = time.perf_counter()
             loss = _accumulate(replica, microbatches, one.denominator(*counts), replica.no_sync)
+            seconds = time.perf_counter() - start
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         runs[name] = {"loss": loss, "grad_norm": watch.squares**0.5, "gradient": gradient}
     seen = {"reductions": watch.reductions, "reduced_bytes": watch.bytes}
-    return {"runs": runs, **seen, "ddp": {"received": received[0], "state": _state_bytes(model)}}
+    return {"runs": runs, **seen, "ddp": {"received": received[0], "state": _state_bytes(model), "seconds": seconds}}
 
 
 def _sharded(model: nn.Module, microbatches: Sequence[Batch], counts: tuple[int, int, int]) -> dict:
@@ -107,14 +109,18 @@ def _sharded(model: nn.Module, microbatches: Sequence[Batch], counts: tuple[int,
         for module in (*shards.blocks, shards):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         every_module = [module for module in shards.modules() if isinstance(module, FSDPModule)]
+        for module in every_module:
+            module.set_force_sum_reduction_for_comms(True)  # gloo can only sum; FSDP2 divides by itself then
         for module in {"default": [], "root_only": [shards], "every_module": every_module}[where]:
             module.set_gradient_divide_factor(1.0)
         # Averaged over the ranks, the loss needs the factor W; summed, it does not.
         divisor = minibatch_tokens / (world_size if where == "default" else 1)
         with _traffic() as received:
+            start = time.perf_counter()
             _accumulate(shards, microbatches, divisor, lambda shards=shards: _unsynchronised(shards))
+            seconds = time.perf_counter() - start
         gradients[where] = torch.cat([parameter.grad.full_tensor().flatten() for parameter in shards.parameters()])
-    return {"sharded": gradients, "fsdp": {"received": received[0], "state": _state_bytes(shards)}}
+    return {"sharded": gradients, "fsdp": {"received": received[0], "state": _state_bytes(shards), "seconds": seconds}}
 
 
 def _accumulate(

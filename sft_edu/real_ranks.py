@@ -17,7 +17,7 @@ import torch
 
 from sft_edu.accumulate import Batch
 from sft_edu.model import TinyLM
-from sft_edu.simulated_ranks import RANK_DENOMINATORS, RanksResult, RankShare, check_world_size
+from sft_edu.simulated_ranks import RANK_DENOMINATORS, RankShare, RanksResult, check_world_size
 
 _STARTING = 40.0  # seconds that processes may take to import torch, on a busy machine
 _POLL = 0.02
@@ -29,14 +29,16 @@ class RankFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineCosts:
-    """What an engine cost each rank for one optimizer step, in bytes.
+    """What an engine cost each rank for one optimizer step, in bytes and in seconds.
 
-    `received` is what came in over the network, the most of all ranks; None where the system does not tell. `state` is
-    what a rank holds from one step to the next: weights, gradients and AdamW's two moments.
+    Each is the most of all ranks. `received` is what came in over the network, None where the system does not tell;
+    `state` is what a rank holds from one step to the next: weights, gradients and AdamW's two moments; `seconds` counts
+    forwards, backwards and their traffic, and not the start of the processes.
     """
 
     received: int | None
     state: int
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +170,8 @@ def _cause(codes: Sequence[int | None], folder: Path, timeout: float) -> str:
     text = told[rank]["text"]
     if "imed out" in text or "imeout" in text:
         text = (
-            f"waited {timeout:g} s for another rank in a collective operation, and gave up. Every rank has to take part "
-            "in each: one that has no tokens runs a backward too"
+            f"waited {timeout:g} s for another rank in a collective operation, and gave up. Every rank has to take "
+            "part in each: one that has no tokens runs a backward too"
         )
     return f"rank {rank}: {text}"
 
@@ -202,4 +204,5 @@ def _result(ranks: Sequence[Mapping], name: str) -> RanksResult:
 
 def _costs(ranks: Sequence[Mapping]) -> EngineCosts:
     received = [rank["received"] for rank in ranks]
-    return EngineCosts(None if None in received else max(received), max(rank["state"] for rank in ranks))
+    state, seconds = (max(rank[name] for rank in ranks) for name in ("state", "seconds"))
+    return EngineCosts(None if None in received else max(received), state, seconds)

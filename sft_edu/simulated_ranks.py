@@ -18,6 +18,7 @@ from torch import nn
 from sft_edu.accumulate import Batch, full_batch_gradient
 from sft_edu.digits import fixed
 from sft_edu.log_probs import get_response_log_probs
+from sft_edu.one_thread import one_thread
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,13 @@ def microbatch_sums(model: nn.Module, microbatches: Sequence[Batch]) -> Microbat
     if isinstance(microbatches, Mapping) or not microbatches:
         given = "a single batch" if microbatches else "none"
         raise ValueError(f"microbatches: got {given}; expected a list of at least one")
-    gradients = [full_batch_gradient(model, microbatch, objective="sum") for microbatch in microbatches]
     masks = [microbatch["response_mask"] != 0 for microbatch in microbatches]
+    with one_thread():
+        gradients = [full_batch_gradient(model, microbatch, objective="sum") for microbatch in microbatches]
+        nll = [_nll(model, *pair) for pair in zip(microbatches, masks, strict=True)]
     return MicrobatchSums(
         torch.stack(gradients),
-        torch.stack([_nll(model, *pair) for pair in zip(microbatches, masks, strict=True)]),
+        torch.stack(nll),
         torch.stack([mask.sum() for mask in masks]),
         torch.tensor([len(mask) for mask in masks]),
     )
@@ -132,13 +135,6 @@ def deal(sums: MicrobatchSums, world_size: int, denominator: str = "global_over_
     columns = (sequences, num_tokens, nll / divisors, gradients.norm(dim=1))
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return RanksResult(gradients.mean(0), tuple(RankShare(rank, *row) for rank, row in enumerate(rows)))
-
-
-def simulate_ranks(
-    model: nn.Module, microbatches: Sequence[Batch], world_size: int, denominator: str = "global_over_world"
-) -> RanksResult:
-    """`microbatch_sums`, then `deal`."""
-    return deal(microbatch_sums(model, microbatches), world_size, denominator)
 
 
 def check_world_size(world_size: int) -> None:

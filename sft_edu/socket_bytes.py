@@ -18,7 +18,7 @@ def received_bytes() -> int | None:
     """Over all open TCP connections together, headers not counted; None on a system that does not tell."""
     if not hasattr(socket, "TCP_INFO") or not _OPEN_FILES.is_dir():
         return None
-    counts = [_of_connection(int(number)) for number in os.listdir(_OPEN_FILES)]
+    counts = [_of_connection(int(path.name)) for path in list(_OPEN_FILES.iterdir())]
     return sum(count for count in counts if count is not None)
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sft_edu.accumulate import accumulate
 from sft_edu.memory import saved_bytes
 from sft_edu.model import TinyLM
+from sft_edu.one_thread import one_thread
 
 _LEAST_SECONDS = 0.05  # of one timing
 
@@ -22,8 +23,8 @@ _LEAST_SECONDS = 0.05  # of one timing
 class Size:
     """A minibatch of G microbatches, each of B sequences of T tokens, and V tokens of vocabulary."""
 
-    microbatch_size: int = 4
-    length: int = 64
+    microbatch_size: int = 2
+    length: int = 32
     vocab_size: int = 259
     gradient_accumulation_steps: int = 2
 
@@ -53,17 +54,30 @@ def step_cost(size: Size, device: str | torch.device = "cpu") -> StepCost:
     run, given = _minibatch(size, device)
     counter = FlopCounterMode(display=False)
     # The fast attention kernels of the CPU are not in the counter's books; the plain one is made of matrix products.
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        run()
-    return StepCost(size, counter.get_total_flops(), saved_bytes(run, *given))
+    with one_thread():
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            run()
+        held = saved_bytes(run, *given)
+    return StepCost(size, counter.get_total_flops(), held)
 
 
 def seconds_per_token(sizes: Sequence[Size], device: str | torch.device = "cpu", rounds: int = 5) -> list[float]:
     """The least time of several rounds for each size. Each round times all of them, one after the other."""
     runs = [_minibatch(size, device)[0] for size in sizes]
-    repeats = [math.ceil(_LEAST_SECONDS / max(_seconds(run, 1, device), 1e-6)) for run in runs]
-    timed = [[_seconds(*pair, device) for pair in zip(runs, repeats, strict=True)] for _ in range(rounds)]
+    with one_thread():
+        repeats = [math.ceil(_LEAST_SECONDS / max(_seconds(run, 1, device), 1e-6)) for run in runs]
+        timed = [[_seconds(*pair, device) for pair in zip(runs, repeats, strict=True)] for _ in range(rounds)]
     return [min(column) / size.tokens for column, size in zip(zip(*timed, strict=True), sizes, strict=True)]
+
+
+def peak_allocated(size: Size, device: str | torch.device) -> int:
+    """The most bytes that the allocator of a CUDA device had given out during one minibatch, less those before it."""
+    run, _ = _minibatch(size, device)
+    run()  # what is allocated once and kept
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def growth(xs: Sequence[float], ys: Sequence[float]) -> float:
