@@ -276,7 +276,7 @@ class GrowthPanel:
 
 def growth_figure(panels: Sequence[GrowthPanel]) -> Figure:
     """Panels side by side, x logarithmic: what is computed as lines, what is measured as marks with a dark frame."""
-    figure = Figure(figsize=(_WIDTH, 3.3), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.7), facecolor="white", layout="constrained")
     every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(every_axes, panels, strict=True):
         for curve in panel.curves:
@@ -295,5 +295,5 @@ def growth_figure(panels: Sequence[GrowthPanel]) -> Figure:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.tick_params(labelsize=8, labelcolor=FAINT)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7.5, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7.5, frameon=False)
     return figure
