@@ -59,8 +59,7 @@ class Checkout:
 def checkout(tmp_path: Path) -> Checkout:
     for name in ["Makefile", "pyproject.toml", "constraints.txt"]:
         shutil.copy(ROOT / name, tmp_path)
-    for name in ["binder", "tools"]:
-        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
     fresh = Checkout(tmp_path)
     fresh.python()
     return fresh
@@ -72,17 +71,13 @@ def test_first_lab_installs_and_opens_the_first_lesson(checkout: Checkout):
     assert checkout.calls("-m venv") == ["-m venv .venv"]
     (install,) = checkout.calls("pip install")
     assert install.endswith("-c constraints.txt --index-url x -e .[lab]")
-    (lab,) = checkout.calls("jupyterlab")
-    assert "/lab/tree/notebooks/00_start_here.ipynb" in lab
-    assert lab.endswith("--port 8899")
-    assert (checkout.folder / ".venv/share/jupyter/lab/settings/overrides.json").exists()
-    assert (checkout.folder / ".venv/etc/jupyter/jupyter_server_config.py").exists()
+    assert checkout.calls("-m sft_edu lab") == ["-m sft_edu lab --in-place --port 8899"]
 
 
 def test_second_lab_installs_nothing(checkout: Checkout):
     checkout.make("lab")
     assert checkout.make("lab").returncode == 0
-    assert len(checkout.calls("")) == len(checkout.calls("jupyterlab")) == 1
+    assert len(checkout.calls("")) == len(checkout.calls("-m sft_edu lab")) == 1
 
 
 def test_what_the_tests_install_serves_the_lab_too(checkout: Checkout):
@@ -160,16 +155,6 @@ def test_a_missing_venv_module_is_named(checkout: Checkout):
     assert done.returncode != 0
     assert "sudo apt-get install python3.12-venv" in done.stderr
     assert not (checkout.folder / ".venv").exists()
-
-
-def test_root_and_a_missing_screen_are_told_to_jupyter(checkout: Checkout):
-    checkout.make("lab")
-    (without,) = checkout.calls("jupyterlab")
-    checkout.make("lab", DISPLAY=":0")
-    (with_screen,) = checkout.calls("jupyterlab")
-    assert ("--allow-root" in without) == (os.getuid() == 0)
-    assert ("--no-browser" in without) == (os.uname().sysname == "Linux")
-    assert "--no-browser" not in with_screen
 
 
 def test_help_lists_every_target(checkout: Checkout):
