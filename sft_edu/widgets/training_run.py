@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,13 +15,11 @@ from sft_edu.encode import Encoded, encode
 from sft_edu.evaluate import Evaluation, Scores
 from sft_edu.examples import Conversation, Example
 from sft_edu.model import default_device
-from sft_edu.tiny_run import tiny_examples, tiny_model
+from sft_edu.tiny_run import TINY_CONFIG, TINY_LENGTH, tiny_examples, tiny_model
 from sft_edu.tokens import ByteTokenizer
 from sft_edu.train import Record, Training
-from sft_edu.train_config import TrainConfig
 
 LOOKS = 40  # at the held-out examples, in a run
-_MAX_LENGTH = 257  # tokens of people's own examples; the model reads one less
 _OWN_SEQUENCES = 12_800  # that a run on people's own examples sees
 
 Examples = Sequence[Example | Conversation]
@@ -34,27 +32,23 @@ class Material:
     Attributes:
         examples: to train on.
         evaluation: of the held-out examples.
-        context_length: of the model.
         num_sequences: that a run sees; examples come again if there are fewer.
         untrained: the scores of a model without training.
     """
 
     examples: Sequence[Encoded]
     evaluation: Evaluation
-    context_length: int
     num_sequences: int
     untrained: Scores
 
     @classmethod
     def of(cls, examples: Examples, held_out: Examples, num_sequences: int = _OWN_SEQUENCES) -> Material:
         tokenizer = ByteTokenizer()
-        encoded = encode(examples, tokenizer, _MAX_LENGTH)
-        evaluation = Evaluation(held_out, tokenizer, max_length=_MAX_LENGTH, num_answers=6, longest_answer=40)
-        longest = max(len(sequence.input_ids) for sequence in (*encoded, *evaluation.examples))
-        context_length = max(longest, tiny_model().context_length)
+        encoded = encode(examples, tokenizer, TINY_LENGTH)
+        evaluation = Evaluation(held_out, tokenizer, max_length=TINY_LENGTH, num_answers=6, longest_answer=40)
         with own_settings():
-            untrained = evaluation(tiny_model(context_length).to(default_device()))
-        return cls(encoded, evaluation, context_length, num_sequences, untrained)
+            untrained = evaluation(tiny_model().to(default_device()))
+        return cls(encoded, evaluation, num_sequences, untrained)
 
     def with_prompts(self) -> Sequence[Encoded]:
         """The examples, with every token counted as one of the response."""
@@ -101,8 +95,8 @@ class TrainingRun:
         together = config["microbatch_size"] * config["gradient_accumulation_steps"]
         num_steps = epochs * math.ceil(len(examples) / together)
         # A sixteenth of the run, so that runs with few large steps warm up over the same sequences.
-        config = TrainConfig(**config, num_epochs=epochs, warmup_steps=num_steps // 16)
-        model = tiny_model(material.context_length).to(default_device())
+        config = replace(TINY_CONFIG, **config, num_epochs=epochs, warmup_steps=num_steps // 16)
+        model = tiny_model().to(default_device())
         self.training = Training(model, examples, config, pad_token_id=ByteTokenizer.pad_token_id)
         self.records: list[Record] = []
         self.looks = [Look(0, 0, material.untrained)]
