@@ -121,7 +121,9 @@ class RanksLab(Lab):
 
     def _rows_by_world(self) -> list[dict]:
         return [
-            _row(f"W = {world}", found, _colour(self.denominator), "this one" if world == self.world_size else "")
+            _row(f"W = {world}", found, _colour(self.denominator), "this one")
+            if world == self.world_size
+            else _row(f"W = {world}", found, "neutral", "")
             for world, found in self._by_world.items()
         ]
 
