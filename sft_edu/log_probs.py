@@ -55,9 +55,8 @@ def get_response_log_probs(
             device of the labels or on the CPU: its ones are counted, and for that an accelerator has to be waited for.
 
     Returns:
-        `log_probs`, `[B, T]`, at most 0, with gradient, float32 for float16 and bfloat16 logits. Those under a mask
-        cannot be differentiated twice. On request `token_entropy`, `[B, T]`, detached: it is there to be logged, and
-        would hold the logits in memory otherwise.
+        `log_probs`, `[B, T]`, at most 0, with gradient, float32 for float16 and bfloat16 logits. On request
+        `token_entropy`, `[B, T]`, detached: it is there to be logged, and would hold the logits in memory otherwise.
 
     Raises:
         TypeError: ids or labels are not integers, the mask is of no such type, or the model returned something else
@@ -103,8 +102,7 @@ def _under_mask(model, input_ids, labels, return_token_entropy, response_mask) -
 class _SelectedLogProbs(torch.autograd.Function):
     """The log-softmax at the labels, a few rows at a time.
 
-    Nothing of the size of the logits is made in the forward pass, and in backward only their gradient. What the rows
-    at hand need fits into the cache of a CPU.
+    Nothing of the size of the logits is made in the forward pass, and in backward only their gradient.
     """
 
     @staticmethod
@@ -123,21 +121,26 @@ class _SelectedLogProbs(torch.autograd.Function):
         return log_probs, *entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, *_):
         logits, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated itself (create_graph)
+            given, probabilities = gradient.unsqueeze(-1), logits.softmax(-1, dtype=gradient.dtype)
+            result = (probabilities * -given).scatter_add(-1, labels.unsqueeze(-1), given)
+            return result.to(logits.dtype), None, None
         result = torch.empty_like(logits)
         for rows in _chunks(logits):
             # d log p[label] / d logits is 1 at the label, minus the probabilities.
-            given = gradient[rows].unsqueeze(-1)
-            probabilities = logits[rows].softmax(-1, dtype=gradient.dtype)
-            result[rows] = probabilities.mul_(-given).scatter_add_(-1, labels[rows].unsqueeze(-1), given)
+            given, place = gradient[rows].unsqueeze(-1), result[rows]
+            out = place if place.dtype == gradient.dtype else None
+            probabilities = torch.softmax(logits[rows], -1, dtype=gradient.dtype, out=out)
+            # A copy for half precision alone: elsewhere it is computed in its place.
+            place.copy_(probabilities.mul_(-given).scatter_add_(-1, labels[rows].unsqueeze(-1), given))
         return result, None, None
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:
-    """A few rows at a time: 4 MiB of float32 on the CPU, more elsewhere, where each call costs more."""
-    step = max(1, (2**20 if logits.device.type == "cpu" else 2**25) // logits.shape[-1])
+    """A few rows at a time: 16 MiB of float32 on the CPU, more elsewhere, where each call costs more."""
+    step = max(1, (2**22 if logits.device.type == "cpu" else 2**25) // logits.shape[-1])
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
