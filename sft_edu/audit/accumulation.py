@@ -6,26 +6,38 @@ that plain autograd computed without the loop. All in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from sft_edu.accumulate import Batch, _num_sequences, _parameters, compare
+from sft_edu.audit import loop_findings
 from sft_edu.audit.accumulation_report import (
     LOOP_PROBLEMS,
+    NAMED,
     OBJECTIVES,
     RULE_POWERS,
     AccumulationAudit,
     Counterexample,
     loop_consequence,
 )
-from sft_edu.audit.denominator import TOLERANCE, product_text, recover
-from sft_edu.audit.loop_probe import SYMBOLS, LoopProbe, Run, compositions, model_kept
+from sft_edu.audit.denominator import NOT_DETERMINED, TOLERANCE, Denominator, product_text, recover
+from sft_edu.audit.findings import Finding
+from sft_edu.audit.loop_findings import distance
+from sft_edu.audit.loop_probe import SYMBOLS, LoopProbe, Powers, Run, compositions, model_kept
+from sft_edu.audit.loop_weights import points_of, weights_of
 from sft_edu.audit.words import name_of, printable
 from sft_edu.global_state import plain_settings, random_state_kept
 from sft_edu.model import TinyLM
 from sft_edu.ragged import ragged_minibatch
+
+_UNMEASURED = {
+    "clipped": "not measured: the gradient is clipped",
+    "uneven-weights": "not a fixed weight per token",
+    "foreign-gradient": "no sum over tokens",
+}
+"""Codes with which there is no denominator, and what stands in its place."""
 
 
 def audit_accumulation(
@@ -91,100 +103,83 @@ class _LoopAudit:
             return self._report("no gradient" if "no-backward" in self.found else "not measured")
         splits = [self._run(range(self.total), sizes) for sizes in compositions(self.total)]
         if not _same(splits[0], whole):
-            self._note("not-deterministic", f"Two runs with the split {[self.total]} left different gradients.")
+            self._note([("not-deterministic", f"Two runs with the split {[self.total]} left different gradients.")])
             return self._report("not the same twice")
         neighbours = [
             self._run(range(start, start + count), sizes)
-            for count in range(2, min(4, self.total))
+            for count in range(min(2, self.total - 1), min(4, self.total))
             for start in range(self.total - count + 1)
             for sizes in compositions(count)
         ]
         runs = [run for run in (*neighbours, *splits) if run.gradient is not None]
-        objective = self._first_match(OBJECTIVES, runs)
-        rule, powers, formula = self._name(runs)
+        named = self._explaining(runs)
+        if len({tuple(sorted(powers.items())) for _, powers in named}) > 1:
+            found = Denominator(f"{NOT_DETERMINED}: {' and '.join(name for name, _ in named)} agree with all of them")
+        else:
+            found = Denominator(product_text(named[0][1]), named[0][1], 1.0) if named else self._unnamed(runs)
         self._look_at_partial_windows()
-        self._look_at_empty_masks(powers)
-        errors = {
-            name: max(self._distance(run, powers) for run in runs if len(run.rows) == self.total)
-            for name, powers in OBJECTIVES.items()
-        }
-        return self._report(formula, objective, rule, errors, self._counterexample(runs))
+        formula = self._look_at_empty_masks(named[0][1] if found.powers and named else None) or found.formula
+        return self._report(formula, found, self._errors(runs), self._counterexample(runs), bool(named))
 
     def _look_for_a_skipped_microbatch(self) -> None:
         """A loop that leaves out the first or last microbatch trains nothing where there is only one."""
         ones = [1] * self.total
-        if "no-backward" in self.found and self.probe(range(self.total), ones, ()).gradient is not None:
+        if "no-backward" in self.found and self.probe(range(self.total), ones).gradient is not None:
             del self.found["no-backward"]
-            self._note(
-                "sequences-missing", f"With the split {[self.total]} nothing is trained, with {ones} something is."
-            )
+            detail = f"With the split {[self.total]} nothing is trained, with {ones} something is."
+            self._note([("sequences-missing", detail)])
 
-    def _run(self, rows: Sequence[int], sizes: Sequence[int], cleared: Sequence[int] = ()) -> Run:
+    def _run(
+        self, rows: Sequence[int], sizes: Sequence[int], cleared: Sequence[int] = (), columns: int | None = None
+    ) -> Run:
         """One run of the loop; what it does besides leaving a gradient is noted."""
-        run = self.probe(rows, sizes, cleared)
-        if run.error:
-            self._note("raises", f"With the split {list(sizes)}: {run.error}")
-        if "parameters" in run.changed:
-            self._note("changes-parameters", f"With the split {list(sizes)} they were other numbers afterwards.")
-        columns = [name for name in run.changed if name != "parameters"]
-        if columns:
-            self._note("mutates-input", f"Afterwards {', '.join(columns)} had other values than before.")
-        if run.gradient is not None and not run.gradient.isfinite().all() and not cleared:
-            self._note("uneven-weights", f"With the split {list(sizes)} the gradient is not finite.")
-            return replace(run, gradient=None)
-        if run.gradient is None and not run.error and not cleared and "parameters" not in run.changed:
-            used = any(parameter.grad is not None for parameter in self.given.parameters())
-            other = " One is in the model outside: use the one that the loop is given." if used else ""
-            self._note("no-backward", f"With the split {list(sizes)} .grad is None or 0 afterwards.{other}")
-        return run
+        run = self.probe(rows, sizes, cleared, columns)
+        self._note(loop_findings.during(run, self.given, bool(cleared)))
+        is_bad = run.gradient is not None and not cleared and not run.gradient.isfinite().all()
+        return replace(run, gradient=None) if is_bad else run
 
     # --- Names ---
 
-    def _distance(self, run: Run, powers: Mapping[str, int]) -> float:
-        return compare(run.gradient, self.probe.predict(run, powers)).relative_error
+    def _explaining(self, runs: Sequence[Run]) -> list[tuple[str, Powers]]:
+        """The objectives and rules that give every one of the gradients."""
+        return [
+            (name, powers)
+            for name, powers in NAMED
+            if all(distance(self.probe, run, powers) <= TOLERANCE for run in runs)
+        ]
 
-    def _first_match(self, named: Mapping[str, Mapping[str, int]], runs: Iterable[Run]) -> str | None:
-        fits = (name for name, powers in named.items() if all(self._distance(run, powers) <= TOLERANCE for run in runs))
-        return next(fits, None)
-
-    def _name(self, runs: Sequence[Run]) -> tuple[str | None, Mapping[str, int] | None, str]:
-        """The rule that explains all gradients, the exponents of its counts, and its formula."""
-        for named in (OBJECTIVES, RULE_POWERS):
-            name = self._first_match(named, runs)
-            if name is not None:
-                return name if name in RULE_POWERS else None, named[name], product_text(named[name])
-        self._look_at_weights(runs)
-        if "uneven-weights" in self.found:
-            return None, None, "not a fixed weight per token"
+    def _unnamed(self, runs: Sequence[Run]) -> Denominator:
+        """A denominator that is no known one, or whose gradients are of other tokens, or of another sign."""
+        self._note(loop_findings.clipping(self.probe, runs))
+        if "clipped" not in self.found:
+            runs = [*runs, *self._narrower_runs()]
+        measured = [(run, weights_of(self.probe, run)) for run in runs]
+        self._note(loop_findings.trained_tokens(self.probe, measured, self.found))
+        for code, formula in _UNMEASURED.items():
+            if code in self.found:
+                return Denominator(formula)
+        if any(weights is None for _, weights in measured):
+            return Denominator("not measured")
+        if not all(weights.determined for _, weights in measured):
+            return Denominator(f"{NOT_DETERMINED}: the model has fewer directions than there are sequences")
         # The centre of all series is the first sequence in a microbatch of its own: there G varies alone.
-        points = [point for run in reversed(runs) for point in self.probe.points(run)]
+        points = [point for run, weights in reversed(measured) for point in points_of(run, weights)]
         points.sort(key=lambda point: (point.counts["M"] < self.total, point.counts["B"] > 1))
         found = recover(points, SYMBOLS)
-        named = [*OBJECTIVES.items(), *RULE_POWERS.items()]
-        name = next((name for name, powers in named if (found.powers, found.factor) == (powers, 1)), None)
-        return name if name in RULE_POWERS else None, None, found.formula
+        self._note(loop_findings.padding(found, self.probe.columns))
+        if found.factor == self.probe.columns:  # always the same T, so that it looks like any number
+            return replace(found, formula=f"{found.formula}, with T = {self.probe.columns} in every run")
+        return found
 
-    def _look_at_weights(self, runs: Sequence[Run]) -> None:
-        """Why no rule fits: which sequences and tokens are trained, and in which direction."""
-        for run in runs:
-            where, found = f"With the split {list(run.sizes)}", self.probe.weights(run)
-            if found is None:
-                self._note("uneven-weights", f"{where} the tokens of a sequence have different weights.")
-                continue
-            weights, outside = found
-            if any(outside):
-                alike = all(abs(w - weights[i % len(weights)]) <= 1e-4 * abs(w) for i, w in enumerate(outside) if w)
-                every = alike and all(w for w, there in zip(outside, self.probe.has_outside(run), strict=True) if there)
-                self._note(
-                    "mask-ignored" if every else "prompt-tokens-trained", f"{where} other tokens are trained too."
-                )
-            if not all(weights):
-                missing = [row for row, weight in zip(run.rows, weights, strict=True) if not weight]
-                self._note("sequences-missing", f"{where} nothing comes from sequence {', '.join(map(str, missing))}.")
-            if min(weights) < 0 < max(weights):
-                self._note("uneven-weights", f"{where} some sequences are made more likely, others less.")
-            elif max(weights) <= 0:
-                self._note("wrong-sign", f"{where} the gradient is that of +log p.")
+    def _narrower_runs(self) -> Iterator[Run]:
+        """Neighbours without the columns that only longer sequences need: there T is another."""
+        for count in range(min(2, self.total - 1), min(4, self.total)):
+            for start in range(self.total - count + 1):
+                rows = range(start, start + count)
+                columns = self.probe.narrower(rows)
+                if columns is not None:
+                    run = self._run(rows, [count], columns=columns)
+                    yield from [run] if run.gradient is not None else []
 
     # --- What else can go wrong ---
 
@@ -198,45 +193,53 @@ class _LoopAudit:
             if reference is not None and not _same(run, reference):
                 lengths = tuple(self.probe.lengths[row] for row in run.rows)
                 found = Counterexample(lengths, run.sizes, _error(run, reference))
-                self._note("depends-on-split", f"Smallest counterexample: {found}")
+                self._note([("depends-on-split", f"Smallest counterexample: {found}")])
                 return found
         return None
 
     def _look_at_partial_windows(self) -> None:
-        """Fewer microbatches than before, each as large as before: the objective must not change."""
         steps = self.total // 2
         full, *partial = (self._run(range(2 * count), [2] * count) for count in range(steps, 0, -1))
-        for name, powers in OBJECTIVES.items():
-            if full.gradient is None or self._distance(full, powers) > TOLERANCE:
-                continue
-            for run in partial:
-                if run.gradient is not None and self._distance(run, powers) > TOLERANCE:
-                    ratio = compare(run.gradient, self.probe.predict(run, powers)).ratio
-                    self._note(
-                        "partial-window",
-                        f"{steps} microbatches of 2 sequences give {name}, {len(run.sizes)} give {ratio:.4g} times it.",
-                    )
+        self._note(loop_findings.partial_windows(self.probe, full, partial))
 
-    def _look_at_empty_masks(self, powers: Mapping[str, int] | None) -> None:
-        """A microbatch without response tokens; it may count among the others or not."""
+    def _look_at_empty_masks(self, powers: Powers | None) -> str | None:
+        """A microbatch without response tokens, and a sequence without any in a larger one.
+
+        Returns the formula where sequences without response tokens are not counted in it, otherwise None.
+        """
         sizes = [1, 1, self.total - 2] if self.total > 2 else [1, 1]
-        where = f"With the split {sizes} and no response token in the second microbatch"
-        run = self._run(range(self.total), sizes, cleared=[1])
-        if run.gradient is not None and not run.gradient.isfinite().all():
-            self._note("nan-on-empty-mask", f"{where} the gradient is not finite.")
-        elif powers is not None and not run.error:
-            without = Run((0, *run.rows[2:]), (run.lengths[0], *run.lengths[2:]), (1, *sizes[2:]))
-            expected = [self.probe.predict(one, powers) for one in (run, without)]
-            gradient = expected[0] * 0 if run.gradient is None else run.gradient
-            error = min(compare(gradient, one).relative_error for one in expected)
-            if error > TOLERANCE:
-                self._note("wrong-on-empty-mask", f"{where} the gradient is {error:.2%} off.")
+        where = f"With the split {sizes} and no response token in the"
+        places = {"second microbatch": 1} | ({"last sequence": self.total - 1} if self.total > 3 else {})
+        runs = [self._run(range(self.total), sizes, cleared=[place]) for place in places.values()]
+        for name, run in zip(places, runs, strict=True):
+            self._note(loop_findings.empty_masks(self.probe, run, powers, f"{where} {name}"))
+        if not loop_findings.leaves_out_empty(self.probe, runs, powers):
+            return None
+        return product_text({f"{symbol}{'_r' * (symbol in 'BM')}": power for symbol, power in powers.items()})
 
-    def _note(self, code: str, detail: str) -> None:
-        self.found.setdefault(code, detail)
+    def _errors(self, runs: Iterable[Run]) -> dict[str, float]:
+        """For each objective the largest distance of a split of the whole minibatch."""
+        whole = [run for run in runs if len(run.rows) == self.total]
+        return {name: max(distance(self.probe, run, powers) for run in whole) for name, powers in OBJECTIVES.items()}
 
-    def _report(self, formula, objective=None, rule=None, errors=None, counterexample=None) -> AccumulationAudit:
+    def _note(self, new: Iterable[Finding]) -> None:
+        """Keep the first evidence of each problem."""
+        for code, detail in new:
+            self.found.setdefault(code, detail)
+
+    def _report(
+        self,
+        formula: str,
+        found: Denominator | None = None,
+        errors: Mapping[str, float] | None = None,
+        counterexample: Counterexample | None = None,
+        explained: bool = False,
+    ) -> AccumulationAudit:
         problems = tuple(code for code in LOOP_PROBLEMS if code in self.found)
+        names = [name for name, powers in NAMED if found and (found.powers, found.factor) == (powers, 1)]
+        objective = names[0] if explained and names and found.powers == OBJECTIVES.get(names[0]) else None
+        rule = names[0] if names and names[0] in RULE_POWERS and "_r" not in formula else None
+        multiple = next((n for n, powers in OBJECTIVES.items() if found and found.powers == powers), None)
         return AccumulationAudit(
             name=self.name,
             objective=objective,
@@ -247,7 +250,7 @@ class _LoopAudit:
             counterexample=counterexample,
             problems=problems,
             details={code: self.found[code] for code in problems},
-            consequence=loop_consequence(objective, rule, problems),
+            consequence=loop_consequence(objective, rule, problems, formula, multiple),
             runs=self.probe.runs,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from sft_edu.audit.denominator import TOLERANCE
+from sft_edu.audit.denominator import NOT_DETERMINED, TOLERANCE
 from sft_edu.audit.report import CONSEQUENCES, KNOWN, counted, table_html
 
 OBJECTIVES: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -24,6 +24,9 @@ minibatch. Read-only."""
 RULE_POWERS: Mapping[str, Mapping[str, int]] = MappingProxyType({name: known.powers for name, known in KNOWN.items()})
 """The rules that divide each microbatch by counts of its own. Read-only."""
 
+NAMED = (*OBJECTIVES.items(), *RULE_POWERS.items())
+"""Everything with a name. `sequence_mean` is there twice: a loop may count its sequences in M, or in B and G."""
+
 LOOP_PROBLEMS: Mapping[str, str] = MappingProxyType(
     {
         "no-backward": "Nothing is trained: no gradient reaches the model that the loop is given.",
@@ -32,14 +35,19 @@ LOOP_PROBLEMS: Mapping[str, str] = MappingProxyType(
         "prompt-tokens-trained": "Tokens outside the mask are trained: as far as they weigh, the model learns to write "
         "prompts or padding.",
         "uneven-weights": "Tokens of one sequence do not count alike, so no denominator describes this loop.",
+        "foreign-gradient": "Something else is in the gradient than log-probs of these tokens, such as weight decay, "
+        "noise or an entropy, so no denominator describes this loop.",
+        "clipped": "The length of a clipped gradient says nothing about D. Clip once, before the optimizer step, and "
+        "audit the loop without it.",
+        "changes-parameters": "The parameters change inside the loop, so its microbatches are not those of one step.",
         "sequences-missing": "Some sequences of the minibatch train nothing.",
         "depends-on-split": "The same sequences train the model differently when they are cut differently: "
         "changing the microbatch size to save memory changes the result.",
+        "padding-counted": "D counts padding: the same responses get a smaller gradient beside a longer one.",
         "partial-window": "The last window of an epoch, where it has fewer microbatches, gets a gradient of another "
         "scale.",
         "wrong-on-empty-mask": "A microbatch without response tokens changes the scale of the others.",
         "nan-on-empty-mask": "One microbatch without response tokens turns the whole gradient into NaN.",
-        "changes-parameters": "The parameters change inside the loop, so its microbatches are not those of one step.",
         "mutates-input": "Whatever uses the microbatches after the loop sees other values.",
         "not-deterministic": "The same minibatch gives another gradient each time, so nothing can be compared.",
         "raises": "Training stops where the loop raises.",
@@ -87,7 +95,9 @@ class AccumulationAudit:
         objective: the full-batch objective whose gradient every split accumulates to: `token_mean`, `sequence_mean`,
             `sequence_token_mean` or `sum`. None if there is none.
         rule: the objective, or the rule of a single microbatch, that explains every gradient; None if none does.
-        formula: the denominator in symbols: those of `StepAudit.formula`, and M, the sequences of the minibatch.
+        formula: the denominator in symbols: those of `StepAudit.formula`, and M, the sequences of the minibatch; M_r
+            and B_r where sequences without response tokens are not counted. In words where it was not measured, or the
+            data do not determine it.
         invariant: whether the split makes no difference.
         errors: for each objective the largest relative error of a split.
         counterexample: None if invariant.
@@ -135,14 +145,25 @@ class AccumulationAudit:
         return [*lines, counted(len(self.problems), self.runs, "run")]
 
 
-def loop_consequence(objective: str | None, rule: str | None, problems: tuple[str, ...]) -> str:
-    """One sentence: what the gravest problem, or else the objective or the rule, does to training."""
+def loop_consequence(
+    objective: str | None, rule: str | None, problems: tuple[str, ...], formula: str, multiple_of: str | None
+) -> str:
+    """One sentence or two: what the gravest problem, or else the objective or the rule, does to training.
+
+    `multiple_of` is the objective that is the same up to a constant factor, None if there is none.
+    """
     if problems:
         # Which rule it is says more than that there is a dependence.
         return CONSEQUENCES[rule] if problems[0] == "depends-on-split" and rule else LOOP_PROBLEMS[problems[0]]
     if objective is not None:
-        return _OBJECTIVE_CONSEQUENCES[objective]
-    return "No known objective, but the split makes no difference: a constant factor is left to the learning rate."
+        left_out = " Sequences without response tokens are not counted." if "_r" in formula else ""
+        return _OBJECTIVE_CONSEQUENCES[objective] + left_out
+    same = "No known objective, but the split makes no difference"
+    if multiple_of is not None:
+        return f"{same}: it is {multiple_of} times a constant factor, which is left to the learning rate."
+    if formula.startswith(NOT_DETERMINED):
+        return f"{same}. To have D determined, give more sequences, all of other lengths, and a larger model."
+    return f"{same}. D is no fixed multiple of a count, so a larger minibatch is scaled by another factor."
 
 
 def _error(error: float) -> str:

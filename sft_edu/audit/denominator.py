@@ -19,6 +19,8 @@ TOLERANCE = 2e-6
 """Relative. A step that computes in float32 is right to about 2e-7."""
 
 NOT_A_PRODUCT = "(not a product)"
+NOT_DETERMINED = "not determined by these data"
+_LEAST_DIRECTION = 2e-5  # relative: below, the noise that `TOLERANCE` allows would reach the exponents
 _LARGEST_GROWTH = 40  # x^x of a larger count leaves float64's range too soon to be looked for
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -54,9 +56,12 @@ def recover(points: Sequence[Point], symbols: Sequence[str]) -> Denominator:
         symbols: the counts, in the order in which the formula names them.
 
     Returns:
-        A `Denominator`. Where no formula was found its text is a short table of measured values.
+        A `Denominator`. Where no formula was found its text is a short table of measured values, and `NOT_DETERMINED`
+        where several formulas would agree with all points, because too few counts vary apart from the others.
     """
     exponents = _least_squares(points, symbols)
+    if exponents is None:
+        return Denominator(NOT_DETERMINED)
     product = _as_product(points, exponents)
     if product is not None:
         return product
@@ -69,7 +74,7 @@ def recover(points: Sequence[Point], symbols: Sequence[str]) -> Denominator:
         found = _other_shape(points, along[odd[0]], odd[0], powers)
         if found is not None:
             return found
-    return Denominator(_table(points, along, odd))
+    return _of_one_count(points, symbols) or Denominator(_table(points, along, odd))
 
 
 def series(points: Sequence[Point], symbol: str) -> list[Point]:
@@ -111,14 +116,16 @@ def _power_text(symbol: str, power: Fraction | int) -> str:
     return symbol if power == 1 else symbol + str(power).translate(_SUPERSCRIPTS)
 
 
-def _least_squares(points: Sequence[Point], symbols: Sequence[str]) -> dict[str, float]:
-    """The exponent of each count that is not the same everywhere."""
+def _least_squares(points: Sequence[Point], symbols: Sequence[str]) -> dict[str, float] | None:
+    """The exponent of each count that is not the same everywhere, None where others would do as well."""
     free = [symbol for symbol in symbols if not _constant([point.counts[symbol] for point in points])]
     rows = [[1.0, *(math.log(point.counts[symbol]) for symbol in free)] for point in points]
     values = [[math.log(point.value)] for point in points]
     matrix, right = (torch.tensor(rows_, dtype=torch.float64, device="cpu") for rows_ in (rows, values))
-    solution = torch.linalg.lstsq(matrix, right, driver="gelsd").solution.flatten().tolist()
-    return dict(zip(free, solution[1:], strict=True))
+    found = torch.linalg.lstsq(matrix, right, rcond=_LEAST_DIRECTION, driver="gelsd")
+    if found.rank < len(free) + 1:
+        return None
+    return dict(zip(free, found.solution.flatten().tolist()[1:], strict=True))
 
 
 def _as_product(points: Sequence[Point], exponents: Mapping[str, float]) -> Denominator | None:
@@ -128,6 +135,16 @@ def _as_product(points: Sequence[Point], exponents: Mapping[str, float]) -> Deno
         return None
     factor = _snap(sum(factors) / len(factors))
     return Denominator(product_text(powers, factor), powers, factor, lambda counts: factor * _product(powers, counts))
+
+
+def _of_one_count(points: Sequence[Point], symbols: Sequence[str]) -> Denominator | None:
+    """D as a function of a single count, where no two points with the same count differ. Others may vary beside it."""
+    for symbol in symbols:
+        line = {point.counts[symbol]: point for point in sorted(points, key=lambda point: point.counts[symbol])}
+        if len(line) > 2 and all(_close(point.value, line[point.counts[symbol]].value) for point in points):
+            along = list(line.values())
+            return _other_shape(points, along, symbol, {}) or Denominator(_table(points, {symbol: along}, [symbol]))
+    return None
 
 
 def _other_shape(

@@ -12,18 +12,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import nn
 
 from sft_edu.accumulate import Batch, full_batch_gradient, split_minibatch
-from sft_edu.audit.denominator import TOLERANCE, Point
+from sft_edu.audit.denominator import TOLERANCE
 from sft_edu.audit.words import describe
 from sft_edu.global_state import plain_settings
 
-SYMBOLS = ("n_b", "n", "N", "B", "M", "G")
-"""The counts of a loop: those of `scaling.py` without c, and M, the sequences of the whole minibatch."""
+SYMBOLS = ("n_b", "n", "N", "B", "M", "T", "G")
+"""The counts of a loop: those of a step without c, and M, the sequences of the whole minibatch."""
 
 Powers = Mapping[str, int]
 _ALL_SPLITS_UP_TO = 8  # sequences: 128 splits
@@ -33,25 +32,32 @@ _ALL_SPLITS_UP_TO = 8  # sequences: 128 splits
 class Run:
     """One call of the loop: sequences, the sizes of their microbatches, and the gradient it left, flat, None if none.
 
-    `lengths` are the response tokens of the sequences, 0 where the mask was cleared for this run.
+    `lengths` are the response tokens of the sequences, 0 where the mask was cleared for this run; `columns` is T.
     """
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
     sizes: tuple[int, ...]
+    columns: int
     gradient: torch.Tensor | None = field(default=None, repr=False)
     error: str = ""
     changed: tuple[str, ...] = ()
 
-    def counts(self) -> list[dict[str, int]]:
-        """The value of each symbol for each sequence."""
-        edges = itertools.pairwise([0, *itertools.accumulate(self.sizes)])
-        tokens = [sum(self.lengths[start:end]) for start, end in edges]
-        places = [index for index, size in enumerate(self.sizes) for _ in range(size)]
-        common = {"N": sum(self.lengths), "M": len(self.rows), "G": len(self.sizes)}
+    def counts(self, trained: str = "") -> list[dict[str, int]]:
+        """The value of each symbol for each sequence.
+
+        Where `trained` is "sequences", B and M leave out those without response tokens; where it is "microbatches", G
+        leaves out those microbatches too.
+        """
+        edges = list(itertools.pairwise([0, *itertools.accumulate(self.sizes)]))
+        parts = [self.lengths[start:end] for start, end in edges]
+        sizes = [sum(map(bool, part)) if trained else len(part) for part in parts]
+        steps = sum(map(bool, sizes)) if trained == "microbatches" else len(sizes)
+        common = {"N": sum(self.lengths), "M": sum(sizes), "G": steps, "T": self.columns}
         return [
-            common | {"n_b": length, "n": tokens[place], "B": self.sizes[place]}
-            for length, place in zip(self.lengths, places, strict=True)
+            common | {"n_b": length, "n": sum(part), "B": size}
+            for part, size in zip(parts, sizes, strict=True)
+            for length in part
         ]
 
 
@@ -60,82 +66,96 @@ class LoopProbe:
 
     def __init__(self, run_minibatch: Callable[..., object], model: nn.Module, minibatch: Batch) -> None:
         self._loop, self.runs = run_minibatch, 0
+        self._known: dict[tuple[str, int], torch.Tensor] = {}
         parameter = next(iter(model.parameters()))
         device = "cpu" if parameter.device.type == "mps" else parameter.device  # mps has no float64
         self.model = copy.deepcopy(model).to(device, torch.float64).eval()
         self.batch = {name: tensor.to(device) for name, tensor in minibatch.items()}
         self.mask = self.batch["response_mask"] != 0
+        self.columns = self.mask.shape[1]
         self.lengths = tuple(self.mask.sum(1).tolist())
 
-    def __call__(self, rows: Sequence[int], sizes: Sequence[int], cleared: Sequence[int] = ()) -> Run:
-        """Run the loop once. The microbatches are copies; in the rows in `cleared`, places in `rows`, the mask is 0."""
+    def __call__(
+        self, rows: Sequence[int], sizes: Sequence[int], cleared: Sequence[int] = (), columns: int | None = None
+    ) -> Run:
+        """Run the loop once, with copies of the sequences.
+
+        In the rows in `cleared`, places in `rows`, the mask is 0. Of each row the first `columns` are given.
+        """
         self.runs += 1
-        given = {name: tensor[list(rows)] for name, tensor in self.batch.items()}
+        columns = self.columns if columns is None else columns
+        given = {name: tensor[list(rows)] for name, tensor in self._first(columns).items()}
         given["response_mask"][list(cleared)] = 0
         lengths = [0 if place in cleared else self.lengths[row] for place, row in enumerate(rows)]
         before, model = {name: tensor.clone() for name, tensor in given.items()}, copy.deepcopy(self.model)
-        error = ""
+        microbatches = split_minibatch(given, sizes=list(sizes))
+        entries, error = _entries(microbatches), ""
         with plain_settings():
             try:
-                self._loop(model, split_minibatch(given, sizes=list(sizes)))
+                self._loop(model, microbatches)
             except KeyboardInterrupt:
                 raise
             except BaseException as raised:  # SystemExit too: no loop may end the audit
                 error = describe(raised)
         changed = [name for name, tensor in given.items() if not torch.equal(tensor, before[name])]
+        changed += ["entries"] if _entries(microbatches) != entries else []
         changed += [] if _same_parameters(model, self.model) else ["parameters"]
         gradient = _gradient(model)
-        fits = gradient is not None and gradient.numel() == self.sums.shape[1]  # the loop may have added parameters
-        return Run(tuple(rows), tuple(lengths), tuple(sizes), gradient if fits else None, error, tuple(changed))
+        fits = gradient is not None and gradient.numel() == self.sums().shape[1]  # the loop may have added parameters
+        kept = gradient if fits else None
+        return Run(tuple(rows), tuple(lengths), tuple(sizes), columns, kept, error, tuple(changed))
 
-    @cached_property
-    def sums(self) -> torch.Tensor:
+    def sums(self, columns: int | None = None) -> torch.Tensor:
         """The gradient of the sum of -log p over the response tokens of each sequence, `[M, parameters]`."""
-        return self._sums_over(self.mask)
+        return self._sums_over("response", columns or self.columns)
 
-    @cached_property
-    def _sums_outside(self) -> torch.Tensor:
+    def outside(self, columns: int) -> torch.Tensor:
         """The same over the prompts, and then over the padding, `[2M, parameters]`."""
-        padding = self.mask.flip(-1).cumsum(-1).flip(-1) == 0
-        return torch.cat([self._sums_over(~self.mask & ~padding), self._sums_over(padding)])
+        return torch.cat([self._sums_over("prompt", columns), self._sums_over("padding", columns)])
 
-    def _sums_over(self, mask: torch.Tensor) -> torch.Tensor:
-        one_by_one = ({k: t[i : i + 1] for k, t in self.batch.items()} for i in range(len(mask)))
-        return torch.stack(
-            [
-                full_batch_gradient(self.model, one | {"response_mask": mask[i : i + 1]}, objective="sum")
-                for i, one in enumerate(one_by_one)
-            ]
-        )
+    def token_gradients(self, rows: Sequence[int]) -> torch.Tensor:
+        """The gradient of -log p of each token that is no padding, `[tokens, parameters]`."""
+        is_token = self.mask.flip(-1).cumsum(-1).flip(-1) > 0
+        places = [(row, column) for row in rows for column in is_token[row].nonzero().flatten().tolist()]
+        masks = [(row, torch.zeros_like(self.mask[row])) for row, _ in places]
+        for (_, mask), (_, column) in zip(masks, places, strict=True):
+            mask[column] = True
+        return torch.stack([self._gradient_of(row, mask, self.columns) for row, mask in masks])
 
-    def predict(self, run: Run, powers: Powers) -> torch.Tensor:
-        """The gradient that the run should have left, were D the product of these powers of the counts."""
-        weights = [_weight(counts, powers) for counts in run.counts()]
-        return torch.tensor(weights, dtype=torch.float64, device=self.sums.device) @ self.sums[list(run.rows)]
+    def narrower(self, rows: Sequence[int]) -> int | None:
+        """T without the columns behind the last response, None where that is no less or the gradients do not allow it.
 
-    def weights(self, run: Run) -> tuple[list[float], list[float]] | None:
-        """The weight of each sequence, and those of its prompt and padding if any has one.
-
-        None where no such weights explain the gradient: tokens of one sequence do not count alike.
+        Without padding on the left, and under a model that does not look ahead, they are the same.
         """
-        rows = list(run.rows)
-        outside = self._sums_outside.unflatten(0, (2, -1))[:, rows].flatten(0, 1)
-        for sums in (self.sums[rows], torch.cat([self.sums[rows], outside])):
-            found = _solve(sums, run.gradient)
-            if found is not None:
-                return found[: len(rows)], found[len(rows) :]
-        return None
+        columns = int(self.mask[list(rows)].any(0).nonzero().max()) + 1
+        if columns == self.columns:
+            return None
+        one, other = self.sums()[list(rows)], self.sums(columns)[list(rows)]
+        return columns if (one - other).norm() <= TOLERANCE * one.norm() else None
 
-    def has_outside(self, run: Run) -> list[bool]:
-        """Whether each sequence has a prompt, and then whether each has padding: the order of those weights."""
-        there = (self._sums_outside != 0).any(1).unflatten(0, (2, -1))[:, list(run.rows)]
-        return there.flatten().tolist()
+    def predict(self, run: Run, powers: Powers, trained: str = "") -> torch.Tensor:
+        """The gradient that the run should have left, were D the product of these powers of `run.counts(trained)`."""
+        weights = [_weight(counts, powers) for counts in run.counts(trained)]
+        sums = self.sums(run.columns)
+        return torch.tensor(weights, dtype=torch.float64, device=sums.device) @ sums[list(run.rows)]
 
-    def points(self, run: Run) -> list[Point]:
-        """D of each sequence that has a weight."""
-        found = self.weights(run)
-        pairs = zip(run.counts(), found[0] if found else [], strict=bool(found))
-        return [Point(counts, 1 / abs(weight)) for counts, weight in pairs if weight]
+    def _sums_over(self, which: str, columns: int) -> torch.Tensor:
+        if (which, columns) not in self._known:
+            mask = self.mask[:, :columns]
+            padding = mask.flip(-1).cumsum(-1).flip(-1) == 0
+            chosen = {"response": mask, "prompt": ~mask & ~padding, "padding": padding}[which]
+            gradients = [self._gradient_of(row, one, columns) for row, one in enumerate(chosen)]
+            self._known[which, columns] = torch.stack(gradients)
+        return self._known[which, columns]
+
+    def _gradient_of(self, row: int, mask: torch.Tensor, columns: int) -> torch.Tensor:
+        one = {name: tensor[row : row + 1] for name, tensor in self._first(columns).items()}
+        return full_batch_gradient(self.model, one | {"response_mask": mask.unsqueeze(0)}, objective="sum")
+
+    def _first(self, columns: int) -> dict[str, torch.Tensor]:
+        """The minibatch with its first columns alone."""
+        wide = {name for name, tensor in self.batch.items() if tensor.shape[1:2] == (self.columns,)}
+        return {name: tensor[:, :columns] if name in wide else tensor for name, tensor in self.batch.items()}
 
 
 def compositions(total: int) -> Iterator[tuple[int, ...]]:
@@ -185,6 +205,11 @@ def _same_parameters(model: nn.Module, pristine: nn.Module) -> bool:
     return all(a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
+def _entries(microbatches: Sequence[Batch]) -> list[dict[str, int]]:
+    """Which tensors stand in which place."""
+    return [{name: id(tensor) for name, tensor in microbatch.items()} for microbatch in microbatches]
+
+
 def _gradient(model: nn.Module) -> torch.Tensor | None:
     """All gradients one after the other, None if none is other than 0."""
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
@@ -195,18 +220,3 @@ def _gradient(model: nn.Module) -> torch.Tensor | None:
 def _weight(counts: Mapping[str, int], powers: Powers) -> float:
     """1/D; 0 for a sequence without response tokens, which has a gradient of 0."""
     return 1 / math.prod(counts[symbol] ** power for symbol, power in powers.items()) if counts["n_b"] else 0.0
-
-
-def _solve(sums: torch.Tensor, gradient: torch.Tensor) -> list[float] | None:
-    """The weights with which `sums` `[k, parameters]` add up to the gradient; next to nothing becomes 0."""
-    lengths = sums.norm(dim=1)
-    used = lengths > 0
-    matrix = (sums[used] / lengths[used].unsqueeze(1)).T.cpu()
-    solution = torch.linalg.lstsq(matrix, gradient.cpu().unsqueeze(1), driver="gelsd").solution
-    rest = (matrix @ solution).flatten() - gradient.cpu()
-    if not rest.norm() <= TOLERANCE * gradient.norm():
-        return None
-    weights = torch.zeros(len(sums), dtype=torch.float64)
-    weights[used.cpu()] = solution.flatten() / lengths[used].cpu()
-    weights[weights.abs() <= 10 * TOLERANCE * weights.abs().max()] = 0
-    return weights.tolist()

@@ -1,0 +1,161 @@
+"""The questions that an audit of a loop asks, one function each. Each yields problem codes with what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from sft_edu.accumulate import compare
+from sft_edu.audit.accumulation_report import NAMED, OBJECTIVES
+from sft_edu.audit.denominator import TOLERANCE, Denominator, number
+from sft_edu.audit.findings import Finding
+from sft_edu.audit.loop_probe import LoopProbe, Powers, Run
+from sft_edu.audit.loop_weights import Weights, is_sum_over_tokens
+
+Measured = tuple[Run, Weights | None]
+
+_SAME_LENGTH = 1e-4  # clip_grad_norm_ adds 1e-6 to the length it divides by
+_SAME_DIRECTION = 1 - 1e-9
+_LEFT_OUT = ("sequences", "microbatches")  # what `Run.counts` may leave out
+_FEWEST = 3  # runs of one length: not by chance
+
+
+def distance(probe: LoopProbe, run: Run, powers: Powers, trained: str = "") -> float:
+    """The relative error of a run, were D the product of these powers."""
+    return compare(run.gradient, probe.predict(run, powers, trained)).relative_error
+
+
+def during(run: Run, given: nn.Module, cleared: bool) -> Iterator[Finding]:
+    """What a run did besides leaving a gradient. `given` is the model of the caller, not the copy."""
+    where = _where(run)
+    if run.error:
+        yield "raises", f"{where}: {run.error}"
+    if "parameters" in run.changed:
+        yield "changes-parameters", f"{where} the parameters were other numbers afterwards."
+    if "entries" in run.changed:
+        yield "mutates-input", "Afterwards the list of microbatches, or a dict in it, had other entries than before."
+    columns = [name for name in run.changed if name not in ("parameters", "entries")]
+    if columns:
+        yield "mutates-input", f"Afterwards {', '.join(columns)} had other values than before."
+    if cleared:
+        return
+    if run.gradient is not None and not run.gradient.isfinite().all():
+        yield "uneven-weights", f"{where} the gradient is not finite."
+    if run.gradient is None and not run.error and "parameters" not in run.changed:
+        used = any(parameter.grad is not None for parameter in given.parameters())
+        other = " One is in the model outside: use the one that the loop is given." if used else ""
+        yield "no-backward", f"{where} .grad is None or 0 afterwards.{other}"
+
+
+def clipping(probe: LoopProbe, runs: Sequence[Run]) -> Iterator[Finding]:
+    """Whether gradients of different sequences, in one microbatch each, end at one length or at one largest value."""
+    alone = [run for run in runs if len(run.sizes) == 1]
+    lengths = [run.gradient.norm().item() for run in alone]
+    peaks = [run.gradient.abs().max().item() for run in alone]
+    for values, what, unit in ((lengths, "norm", "length"), (peaks, "value", "largest value")):
+        capped = [value for value in values if value >= max(values) * (1 - _SAME_LENGTH)]
+        if len(capped) >= _FEWEST:
+            direction = _common_direction(probe, runs) if what == "norm" else ""
+            yield (
+                "clipped",
+                f"It is clipped by {what}: for {len(capped)} of {len(alone)} sets of sequences, in one microbatch "
+                f"each, the gradient has the {unit} {max(values):.4g}.{direction}",
+            )
+
+
+def _common_direction(probe: LoopProbe, runs: Sequence[Run]) -> str:
+    """Clipped once, at the end, a gradient keeps the direction of some denominator."""
+    for name, powers in NAMED:
+        if all(compare(run.gradient, probe.predict(run, powers)).cosine >= _SAME_DIRECTION for run in runs):
+            return f" That happens once, after the last microbatch: the direction is that of {name}."
+    return " The direction is that of no known rule, as when every microbatch is clipped."
+
+
+def trained_tokens(probe: LoopProbe, measured: Sequence[Measured], found: Mapping[str, str]) -> Iterator[Finding]:
+    """Which sequences and tokens are trained, in which direction; `found` has what is known already."""
+    yield from _leak([(run, weights) for run, weights in measured if weights is not None and weights.leak])
+    for run, weights in measured:
+        if weights is not None and weights.determined:
+            yield from _weights(run, weights.response, "clipped" in found)
+    unexplained = [run for run, weights in measured if weights is None]
+    if unexplained and not {"clipped", "changes-parameters", "uneven-weights"} & {*found}:
+        yield _unexplained(probe, min(unexplained, key=lambda run: sum(run.lengths)))
+
+
+def _leak(leaking: Sequence[tuple[Run, Weights]]) -> Iterator[Finding]:
+    """Not every run has prompts and padding, so the mask is ignored if it is in all of those with a leak."""
+    partly = [(run, weights) for run, weights in leaking if not weights.mask_is_ignored]
+    if partly:
+        run, weights = max(partly, key=lambda one: one[1].leak)
+        share = f"at most {number(weights.leak)} times the weight of those under it"
+        yield "prompt-tokens-trained", f"{_where(run)} tokens outside the mask are trained too, with {share}."
+    elif leaking:
+        yield "mask-ignored", f"{_where(leaking[0][0])} the tokens outside the mask are trained as much as the others."
+
+
+def _weights(run: Run, response: Sequence[float], is_clipped: bool) -> Iterator[Finding]:
+    if not all(response) and not is_clipped:  # clipped again and again, a gradient is next to nothing
+        missing = [row for row, weight in zip(run.rows, response, strict=True) if not weight]
+        yield "sequences-missing", f"{_where(run)} nothing comes from sequence {', '.join(map(str, missing))}."
+    if min(response) < 0 < max(response):
+        yield "uneven-weights", f"{_where(run)} some sequences are made more likely, others less."
+    elif max(response) <= 0:
+        yield "wrong-sign", f"{_where(run)} the gradient is that of +log p."
+
+
+def _unexplained(probe: LoopProbe, run: Run) -> Finding:
+    explained = is_sum_over_tokens(probe, run)
+    if explained:
+        return "uneven-weights", f"{_where(run)} the tokens of one sequence have different weights."
+    if explained is None:
+        unsure = "the tokens of one sequence differ in weight, or something else is trained"
+        return "uneven-weights", f"{_where(run)} {unsure}."
+    return "foreign-gradient", f"{_where(run)} no weights of its tokens add up to the gradient."
+
+
+def _where(run: Run) -> str:
+    return f"With the split {list(run.sizes)}"
+
+
+def padding(found: Denominator, columns: int) -> Iterator[Finding]:
+    if found.powers and "T" in found.powers:
+        yield "padding-counted", f"Rows with fewer than T = {columns} positions get another weight."
+
+
+def partial_windows(probe: LoopProbe, full: Run, partial: Sequence[Run]) -> Iterator[Finding]:
+    """Fewer microbatches than before, each as large as before: the objective must not change."""
+    for name, powers in OBJECTIVES.items():
+        if full.gradient is None or distance(probe, full, powers) > TOLERANCE:
+            continue
+        for run in partial:
+            if run.gradient is not None and distance(probe, run, powers) > TOLERANCE:
+                ratio = compare(run.gradient, probe.predict(run, powers)).ratio
+                yield (
+                    "partial-window",
+                    f"{len(full.sizes)} microbatches of 2 sequences give {name}, {len(run.sizes)} give {ratio:.4g} "
+                    "times it.",
+                )
+
+
+def empty_masks(probe: LoopProbe, run: Run, powers: Powers | None, where: str) -> Iterator[Finding]:
+    """Of a run in which a microbatch, or a sequence, has no response tokens; it may count among the others or not."""
+    if run.gradient is not None and not run.gradient.isfinite().all():
+        yield "nan-on-empty-mask", f"{where} the gradient is not finite."
+    elif powers is not None and not run.error:
+        error = min(_error(probe, run, powers, trained) for trained in ("", *_LEFT_OUT))
+        if error > TOLERANCE:
+            yield "wrong-on-empty-mask", f"{where} the gradient is {error:.2%} off."
+
+
+def leaves_out_empty(probe: LoopProbe, runs: Sequence[Run], powers: Powers | None) -> bool:
+    """Whether sequences without response tokens are not counted in B and M."""
+    if powers is None or not {"B", "M"} & {*powers} or any(run.gradient is None for run in runs):
+        return False
+    fits = {way: all(distance(probe, run, powers, way) <= TOLERANCE for run in runs) for way in ("", *_LEFT_OUT)}
+    return not fits[""] and any(fits.values())
+
+
+def _error(probe: LoopProbe, run: Run, powers: Powers, trained: str) -> float:
+    expected = probe.predict(run, powers, trained)
+    return compare(expected * 0 if run.gradient is None else run.gradient, expected).relative_error
