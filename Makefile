@@ -32,8 +32,9 @@ format: $(VENV)/test.stamp ## format the code and mend what ruff can mend
 	@$(BIN)/python -m ruff format
 
 # Lesson 0 counts the questions of the others, so it comes last.
-notebooks: $(VENV)/test.stamp ## run every lesson again and store its outputs
+notebooks: $(VENV)/test.stamp ## run every lesson and write docs/api.md again
 	@$(BIN)/python tools/run_notebooks.py $(filter-out $(START),$(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)) $(START)
+	@$(BIN)/python tools/api_page.py
 
 bench: $(VENV)/test.stamp ## run every benchmark
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -21,6 +21,9 @@ class TinyLM(nn.Module):
         num_heads: attention heads; divides `d_model`.
         context_length: the longest sequence it can read.
         seed: of the weights.
+
+    Raises:
+        ValueError: `num_heads` does not divide `d_model`.
     """
 
     def __init__(

@@ -28,7 +28,15 @@ Counts = Mapping[str, Number]
 class Rule:
     """One way to scale the loss of a microbatch: by `first`, then by `second`, as the course notes do.
 
-    `first` and `second` are symbols. A rule that does not use the constant takes it out of the masked sum again.
+    A rule that does not use the constant takes it out of the masked sum again.
+
+    Attributes:
+        name: its identifier, the key in `RULES`.
+        first: a symbol, what is divided by first.
+        second: a symbol, what is divided by then.
+        uses_constant: whether c is a factor of D.
+        used_by: who divides by it.
+        accumulates_to: what the gradients of all microbatches add up to.
     """
 
     name: str

@@ -106,6 +106,10 @@ def visible_token(token_id: int | torch.Tensor, tokenizer: Tokenizer) -> str:
     """The text of one token with nothing invisible in it: `␣` for a space, `⏎` for a newline, `<eos>`, `<pad>`.
 
     A token that is only a part of a character, as one byte may be, is shown as `x` and its id in hexadecimal.
+
+    Args:
+        token_id: one id, a number or a tensor with one element.
+        tokenizer: the one that made it.
     """
     token_id = int(token_id)
     # Where one token serves as several, it is what a response ends with.
@@ -116,4 +120,9 @@ def visible_token(token_id: int | torch.Tensor, tokenizer: Tokenizer) -> str:
     text = tokenizer.decode([token_id])
     if not text or "\ufffd" in text:
         return f"x{token_id:02x}"
+    return visible_text(text)
+
+
+def visible_text(text: str) -> str:
+    """A text on one line with nothing invisible in it, as in `visible_token`."""
     return "".join(_VISIBLE.get(c, c if c.isprintable() else f"x{ord(c):02x}") for c in text)

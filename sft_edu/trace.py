@@ -26,7 +26,12 @@ class Tap(Protocol):
 
 
 def no_tap(name: str, value: Any) -> Any:
-    """The tap that does nothing."""
+    """The tap that does nothing.
+
+    Args:
+        name: of the value, one of the names that `Trace` knows.
+        value: anything; it comes back as it is.
+    """
     return value
 
 
