@@ -8,12 +8,13 @@ import os
 import random
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from sft_edu.whole_file import remove_unfinished, write_whole
 
 KEPT = 2  # the newest and the one before
 _NAME = re.compile(r"step-(\d{8})\.(\d{4})-([0-9a-f]{64})\.pt")
@@ -26,10 +27,9 @@ class DamagedCheckpointWarning(UserWarning):
 def save_checkpoint(folder: str | os.PathLike, state: Mapping[str, object], *, step: int, microbatch: int = 0) -> Path:
     """Write a checkpoint beside the one before, which is deleted only when a newer pair is complete.
 
-    The file is written under another name, flushed to the disk and then renamed, so that it is either whole or not
-    there. Its name holds the SHA-256 of its content. What is in it: `state`, tensors and plain values that
-    `torch.load(weights_only=True)` reads, the states of the random number generators, and the versions that
-    `environment_differences` compares.
+    The file is either whole or not there, see `write_whole`, and its name holds the SHA-256 of its content. What is in
+    it: `state`, tensors and plain values that `torch.load(weights_only=True)` reads, the states of the random number
+    generators, and the versions that `environment_differences` compares.
 
     Args:
         folder: made if missing.
@@ -45,21 +45,12 @@ def save_checkpoint(folder: str | os.PathLike, state: Mapping[str, object], *, s
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(folder)
+    remove_unfinished(folder)
     buffer = io.BytesIO()
     torch.save({**state, "random": _random_state(), "environment": _environment()}, buffer)
     content = buffer.getbuffer()
     path = folder / f"step-{step:08d}.{microbatch:04d}-{hashlib.sha256(content).hexdigest()}.pt"
-    descriptor, unfinished = tempfile.mkstemp(dir=folder, suffix=".unfinished")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(unfinished).replace(path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    write_whole(path, content)
     for old in _checkpoints(folder)[KEPT:]:
         old.unlink(missing_ok=True)
     return path
@@ -95,12 +86,12 @@ def set_random_state(state: Mapping[str, object]) -> None:
     """Put Python's, NumPy's (if it is in use) and PyTorch's random number generators where the checkpoint had them."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"].cpu())
     if "accelerator" in state and torch.accelerator.is_available():
-        _accelerator().set_rng_state_all(state["accelerator"])
+        _set_accelerator_state(state["accelerator"])
     if "numpy" in state and "numpy" in sys.modules:
         kind, keys, *rest = state["numpy"]
-        sys.modules["numpy"].random.set_state((kind, keys.numpy(), *rest))
+        sys.modules["numpy"].random.set_state((kind, keys.cpu().numpy(), *rest))
 
 
 def environment_differences(state: Mapping[str, object]) -> list[str]:
@@ -120,7 +111,7 @@ def _random_state() -> dict[str, object]:
     version, internal, gauss = random.getstate()
     state = {"python": [version, list(internal), gauss], "torch": torch.get_rng_state()}
     if torch.accelerator.is_available():
-        state["accelerator"] = _accelerator().get_rng_state_all()
+        state["accelerator"] = _accelerator_state()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
         # weights_only reads tensors, not arrays.
@@ -128,16 +119,20 @@ def _random_state() -> dict[str, object]:
     return state
 
 
-def _accelerator():
-    return getattr(torch, torch.accelerator.current_accelerator().type)
+def _accelerator_state() -> list[torch.Tensor]:
+    module = torch.get_device_module()
+    return module.get_rng_state_all() if hasattr(module, "get_rng_state_all") else [module.get_rng_state()]  # mps: one
+
+
+def _set_accelerator_state(states: list[torch.Tensor]) -> None:
+    module = torch.get_device_module()
+    if hasattr(module, "set_rng_state_all"):
+        module.set_rng_state_all([state.cpu() for state in states])
+    else:
+        module.set_rng_state(states[0].cpu())
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The newest first."""
     found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: path.name[: len("step-00000000.0000")], reverse=True)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob("*.unfinished"):
-        path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from sft_edu.audit import audit_step
 from sft_edu.audit.report import KNOWN, StepAudit
 from sft_edu.lab_command import add_lab
 from sft_edu.load_target import TargetError, target_function
+from sft_edu.train_command import add_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,4 +69,4 @@ def _unmet(audit: StepAudit, expected: str | None) -> str:
     return f"Expected {wanted}."
 
 
-_COMMANDS = (add_lab, _add_audit)
+_COMMANDS = (add_lab, add_train, _add_audit)

@@ -14,7 +14,7 @@ from sft_edu.examples import Conversation, Example, FieldError, check_conversati
 if TYPE_CHECKING:
     from sft_edu.tokens import Tokenizer
 
-_SHORTEST = 3  # one token of the prompt, one of the response, and its end mark
+SHORTEST = 3  # one token of the prompt, one of the response, and its end mark
 
 
 class Encoded(NamedTuple):
@@ -129,8 +129,8 @@ def _check_arguments(examples: object, tokenizer: object, max_length: object) ->
         raise ValueError("examples: got none; expected at least one")
     if not all(hasattr(tokenizer, name) for name in ("encode", "decode", "eos_token_id")):
         raise TypeError(f"tokenizer: got {type(tokenizer).__name__}; expected a Tokenizer, with encode and decode")
-    if max_length is not None and (type(max_length) is not int or max_length < _SHORTEST):
-        raise ValueError(f"max_length: got {max_length!r}; expected None or an integer of at least {_SHORTEST}")
+    if max_length is not None and (type(max_length) is not int or max_length < SHORTEST):
+        raise ValueError(f"max_length: got {max_length!r}; expected None or an integer of at least {SHORTEST}")
 
 
 def _tokens(example: Example | Conversation, tokens_of: PlainText | ChatTemplate) -> Tokens:

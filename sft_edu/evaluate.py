@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sft_edu.chat import special_tokens
-from sft_edu.encode import Encoded, collate, encode, padding_token
+from sft_edu.encode import Encoded, EncodedExamples, collate, encode, padding_token
 from sft_edu.examples import Conversation, Example
 from sft_edu.generate import greedy, undisturbed
 from sft_edu.pretrained import context_length
@@ -62,9 +62,9 @@ class Evaluation:
     The same model gets the same scores, and its training goes on as if nobody had looked; see `undisturbed`.
 
     Args:
-        examples: what `load_jsonl` or `make_examples` returns; at least one.
+        examples: what `load_jsonl` or `make_examples` returns, at least one, or what `encode` made of it.
         tokenizer: see `Tokenizer`.
-        max_length: see `encode`, which turns the examples into tokens.
+        max_length: see `encode`, which makes tokens of the examples.
         chat_template: see `encode`.
         num_answers: how many of the first examples are shown with their answers.
         longest_answer: tokens after which a shown answer is cut, if the expected ones are longer.
@@ -76,7 +76,7 @@ class Evaluation:
 
     def __init__(
         self,
-        examples: Sequence[Example | Conversation],
+        examples: Sequence[Example | Conversation] | EncodedExamples,
         tokenizer: Tokenizer,
         *,
         max_length: int | None = None,
@@ -86,7 +86,8 @@ class Evaluation:
         batch_size: int = 64,
     ) -> None:
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.examples = encode(examples, tokenizer, max_length, chat_template=chat_template)
+        is_encoded = isinstance(examples, EncodedExamples)
+        self.examples = examples if is_encoded else encode(examples, tokenizer, max_length, chat_template=chat_template)
         """The held-out examples as tokens; printed, they say what was cut."""
         self._asked = [_split(sequence) for sequence in self.examples[:num_answers]]
         self._longest = min(longest_answer, max((len(expected) for _, expected in self._asked), default=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,6 +35,36 @@ class Conversation(NamedTuple):
         """Which messages are trained on."""
         turns = enumerate(self.messages)
         return [index for index, message in turns if index >= self.num_given and message.role == "assistant"]
+
+
+def held_out(examples: Sequence[Example | Conversation], share: float, *, seed: int = 0) -> list[bool]:
+    """Which examples to keep for a test: random ones, and with them all that ask the same.
+
+    Args:
+        examples: any number.
+        share: of them, from 0 to 1; at least one is held out if it is above 0, and at least one is not.
+        seed: of the choice.
+
+    Raises:
+        ValueError: they cannot be divided, because all ask the same.
+    """
+    questions: dict[object, list[int]] = {}
+    for index, example in enumerate(examples):
+        asked = example.prompt if isinstance(example, Example) else example.messages[: example.answers[0]]
+        questions.setdefault(asked, []).append(index)
+    wanted = max(1, round(share * len(examples))) if share else 0
+    if wanted and len(questions) < 2:
+        raise ValueError(f"held_out: got {share} of {len(examples)} examples that all ask the same; expected 0")
+    groups = list(questions.values())
+    random.Random(seed).shuffle(groups)
+    chosen = [False] * len(examples)
+    for group in groups[:-1]:
+        if wanted <= 0:
+            break
+        wanted -= len(group)
+        for index in group:
+            chosen[index] = True
+    return chosen
 
 
 class FieldError(ValueError):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import nn
+
 from sft_edu import checkpoint
-from sft_edu.train import Record, Training
+from sft_edu.evaluate import Scores
+from sft_edu.train import Training
+from sft_edu.whole_file import write_whole
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -40,57 +45,90 @@ class RunFolder:
         self.differences: list[str] = []
         """What keeps a resumed run from being equal bit for bit to one that was never stopped."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not resume and ((self.folder / METRICS).exists() or (self.folder / CHECKPOINTS).exists()):
+        first = training.ranks.first
+        if not resume and first(lambda: any((self.folder / name).exists() for name in (METRICS, CHECKPOINTS))):
             raise FileExistsError(f"{self.folder}: holds a run; go on with it (resume) or take another folder")
-        state = checkpoint.load_checkpoint(self.folder / CHECKPOINTS, map_location=training.device) if resume else None
+        state = first(lambda: checkpoint.load_checkpoint(self.folder / CHECKPOINTS)) if resume else None
         if state is not None:
-            training.load_state_dict(state)
             checkpoint.set_random_state(state["random"])
-            self.differences = checkpoint.environment_differences(state)
-        self._take_back_metrics()
+            self.differences = training.load_state_dict(state) + checkpoint.environment_differences(state)
+        first(self._take_back_metrics)
 
     def records(self) -> list[dict[str, object]]:
         """The lines of `metrics.jsonl`."""
         return list(read_metrics(self.folder / METRICS))
 
-    def log(self, record: Record, extra: dict[str, object] | None = None) -> None:
-        """Append a line for an optimizer step."""
-        line = json.dumps(asdict(record) | (extra or {}), ensure_ascii=False)
+    def log(self, line: Mapping[str, object]) -> None:
+        """Append the line of an optimizer step. Of several ranks, the first does."""
+        if self.training.ranks.rank:
+            return
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(as_json(line) + "\n")
 
-    def save(self) -> Path:
-        """Write a checkpoint of the run as it is now, also in the middle of a minibatch."""
+    def save(self) -> Path | None:
+        """Write a checkpoint of the run as it is now, also in the middle of a minibatch.
+
+        Several ranks do it together, between optimizer steps; the first writes.
+        """
         training = self.training
+        state = training.state_dict()
+        if training.ranks.rank:
+            return None
+        # A checkpoint must not be on the disk before the lines of its steps: they would be missing after a power cut.
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
         return checkpoint.save_checkpoint(
-            self.folder / CHECKPOINTS, training.state_dict(), step=training.step, microbatch=training.microbatch
+            self.folder / CHECKPOINTS, state, step=training.step, microbatch=training.microbatch
         )
 
     def _take_back_metrics(self) -> None:
         """Keep the lines up to the step at which the run stands."""
         path = self.folder / METRICS
-        kept = (
-            [record for record in read_metrics(path) if record["step"] <= self.training.step] if path.exists() else []
-        )
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-        unfinished.replace(path)
+        kept = [line for line in read_metrics(path) if line["step"] <= self.training.step] if path.exists() else []
+        write_whole(path, "".join(as_json(line) + "\n" for line in kept).encode())
+
+
+def as_json(value: object) -> str:
+    """One line of JSON. It has no words for numbers that are not finite: they become null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: str | os.PathLike) -> Iterator[dict[str, object]]:
-    """The records of a metrics file; a last line that was cut off by a kill is left out."""
-    with Path(path).open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The lines of a metrics file; a last one that was cut off by a kill is left out.
+
+    Raises:
+        ValueError: a line is none that a run writes. The text names it.
+    """
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        for number, text in enumerate(file, start=1):
+            if text.endswith("\n"):
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    line = None
+                if not isinstance(line, dict) or type(line.get("step")) is not int:
+                    raise ValueError(f"{path}, line {number}: got {text[:40]!r}; expected the JSON object of a step")
+                yield line
 
 
 def train_into(
     run: RunFolder,
     *,
     checkpoint_every: int = 50,
-    evaluate: Callable[[Record], dict[str, object]] | None = None,
-    on_record: Callable[[dict[str, object]], object] | None = None,
+    evaluate: Callable[[nn.Module], Scores] | None = None,
+    evaluate_every: int = 50,
+    on_line: Callable[[dict[str, object]], object] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train to the end, or until `should_stop`, which is asked after each microbatch. Then everything is saved.
@@ -98,22 +136,29 @@ def train_into(
     Args:
         run: see `RunFolder`.
         checkpoint_every: optimizer steps from one checkpoint to the next.
-        evaluate: called with each record; what it returns is added to the line of that step.
-        on_record: called with each line, once it is written.
+        evaluate: scores the model; the scores go into the line of that step. See `Evaluation`.
+        evaluate_every: optimizer steps from one evaluation to the next; the first step and the last have one too.
+        on_line: called with each line of the metrics, once it is written.
         should_stop: say True to stop.
 
     Returns:
         Whether the run is finished.
+
+    Raises:
+        OutOfMemory, ValueError: see `Training.run_microbatch`. The newest checkpoint is from before.
+        OSError: the folder cannot be written; what was there still is.
     """
     training = run.training
-    while not training.finished and not should_stop():
+    while not training.finished and not training.agree_to_stop(should_stop):
         record = training.run_microbatch()
         if record is None:
             continue
-        extra = evaluate(record) if evaluate else {}
-        run.log(record, extra)
-        if on_record:
-            on_record(asdict(record) | extra)
+        line = asdict(record)
+        if evaluate and (record.step in (1, training.num_steps) or record.step % evaluate_every == 0):
+            line |= evaluate(training.model).as_dict()
+        run.log(line)
+        if on_line:
+            on_line(line)
         if training.step % checkpoint_every == 0:
             run.save()
     run.save()

@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, and a damaged one is never loaded."""
 
 import errno
+import io
 import os
 import random
 import re
@@ -83,18 +84,11 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     elif moment == "replace":
         monkeypatch.setattr(Path, "replace", full)
     else:
-        real = os.fdopen
-
-        def fdopen(*arguments):
-            file = real(*arguments)
-            wrapped = type("Full", (), {"__enter__": lambda self: self, "__exit__": lambda *a: file.close()})()
-            wrapped.write, wrapped.flush, wrapped.fileno = file.write, file.flush, file.fileno
-            setattr(wrapped, moment, full)
-            return wrapped
-
-        monkeypatch.setattr(os, "fdopen", fdopen)
+        on_a_full_disk = type("OnAFullDisk", (io.FileIO,), {moment: full})
+        monkeypatch.setattr(Path, "open", lambda path, mode: on_a_full_disk(path, mode))
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
+    monkeypatch.undo()
     assert sorted(tmp_path.iterdir()) == before
     assert weights(tmp_path)[0] == 1
 
@@ -105,9 +99,10 @@ def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path: Path, monkeypat
     def refuse(*arguments, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr(checkpoint.tempfile, "mkstemp", refuse)  # root may write anywhere
+    monkeypatch.setattr(Path, "open", refuse)  # root may write anywhere
     with pytest.raises(PermissionError):
         save(tmp_path, 2)
+    monkeypatch.undo()
     assert weights(tmp_path)[0] == 1
 
 

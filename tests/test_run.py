@@ -1,8 +1,10 @@
 """A run in a folder can be killed at any moment and goes on bit for bit."""
 
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +16,15 @@ import torch
 from test_train import encoded, tiny, weights
 
 from sft_edu.checkpoint import load_checkpoint
-from sft_edu.run import METRICS, RunFolder, read_metrics, stops_on_interrupt, train_into
-from sft_edu.train import TrainConfig, Training
+from sft_edu.evaluate import Evaluation
+from sft_edu.run import METRICS, RunFolder, as_json, read_metrics, stops_on_interrupt, train_into
+from sft_edu.tasks import make_examples
+from sft_edu.tokens import ByteTokenizer
+from sft_edu.train import Training
+from sft_edu.train_config import TrainConfig
 
 CONFIG = TrainConfig(microbatch_size=2, gradient_accumulation_steps=3, warmup_steps=2)
+EVALUATION = Evaluation(make_examples(3, split="test"), ByteTokenizer(), num_answers=1)
 HERE = Path(__file__).parent
 # Forks for each run, because an interpreter takes seconds to import torch.
 KILLER = """
@@ -44,7 +51,7 @@ def training() -> Training:
 
 def go(folder: str, **options) -> RunFolder:
     run = RunFolder(folder, training(), resume=True)
-    train_into(run, checkpoint_every=2, **options)
+    train_into(run, checkpoint_every=2, evaluate=EVALUATION, evaluate_every=3, **options)
     return run
 
 
@@ -63,11 +70,29 @@ def test_another_run_is_not_overwritten(tmp_path: Path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_what_is_measured_on_the_way_is_in_the_metrics(tmp_path: Path):
+def test_the_first_step_the_last_and_every_kth_are_evaluated(tmp_path: Path):
     run, seen = RunFolder(tmp_path, training()), []
-    train_into(run, evaluate=lambda record: {"twice": 2 * record.step}, on_record=seen.append)
-    assert seen == run.records()
-    assert seen[3]["twice"] == 8
+    train_into(run, evaluate=EVALUATION, evaluate_every=4, on_line=seen.append)
+    assert [line["step"] for line in seen if "held_out_exact_match" in line] == [1, 4, 8, 10]
+    assert all(answer["prompt"] and answer["expected"] for answer in seen[3]["answers"])
+    assert as_json(seen) == as_json(run.records())
+    assert seen[-1] | EVALUATION(run.training.model).as_dict() == seen[-1]
+
+
+def test_what_is_no_number_is_null(tmp_path: Path):
+    line = {"step": 1, "nll": math.nan, "answers": [{"text": "NaN", "scores": (math.inf, 1.5)}]}
+    (tmp_path / METRICS).write_text(as_json(line) + "\n")
+    assert list(read_metrics(tmp_path / METRICS)) == [
+        {"step": 1, "nll": None, "answers": [{"text": "NaN", "scores": [None, 1.5]}]}
+    ]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"step": "1"}', "\x00", "NaN", ""])
+def test_a_line_that_no_run_writes_is_named(tmp_path: Path, text: str):
+    path = tmp_path / METRICS
+    path.write_text(f'{{"step": 1}}\n{text}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: got ")):
+        list(read_metrics(path))
 
 
 def test_a_stop_keeps_the_middle_of_a_minibatch(tmp_path: Path):
@@ -85,6 +110,7 @@ def same(run: RunFolder, other: RunFolder) -> None:
     assert (run.folder / METRICS).read_bytes() == (other.folder / METRICS).read_bytes()
 
 
+@pytest.mark.timeout(600)  # a minute, where nothing else runs
 def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path):
     kills, chance = 100, random.Random(0)
     whole = go(str(tmp_path / "whole"))

@@ -1,0 +1,238 @@
+"""The command `sft-edu train`: what is asked for, what is refused, and what the exit status says."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+import warnings
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from sft_edu.checkpoint import DamagedCheckpointWarning
+from sft_edu.dry_run import describe_run
+from sft_edu.prepare_run import TINY, PreparedRun, prepare_run
+from sft_edu.pretrained import ModelLoadError
+from sft_edu.run import CHECKPOINTS, METRICS, RunFolder, stops_on_interrupt, train_into
+from sft_edu.run_results import final_words, save_final_model, write_report
+from sft_edu.run_settings import SETTINGS, RunSettings, read_settings
+from sft_edu.scaling import RULES
+from sft_edu.train import OutOfMemory
+from sft_edu.train_config import OPTIMIZERS
+
+INTERRUPTED = 130  # what shells say of a program that Ctrl+C ended
+LOCK = ".lock"
+_MAY_CHANGE = ("threads",)
+_OPTIONS = {"num_epochs": "--epochs", "chat_template": "--no-chat-template"}
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    """Add the parser of `train` to those of the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model on the built-in tasks or on your own examples",
+        description="Train a model on the built-in tasks, or on your own examples, and leave metrics, checkpoints, the "
+        "model and a report in a folder. Ctrl+C stops after the microbatch and keeps everything.",
+        epilog="Exit status: 0 if the run is finished, 1 if it failed, 2 if it could not begin, 130 if Ctrl+C stopped "
+        "it.",
+        argument_default=argparse.SUPPRESS,  # what is not said here may stand in the folder of the run
+    )
+    group = parser.add_argument_group("what to train on")
+    group.add_argument("--data", metavar="FILE", help="one JSON object on each line (default: the built-in tasks)")
+    group.add_argument("--held-out", type=float, metavar="SHARE", help="of the data, not trained on (default: 0.1)")
+    group.add_argument("--max-length", type=int, metavar="TOKENS", help="longer examples are cut, and counted")
+    group.add_argument(
+        "--no-chat-template", action="store_false", dest="chat_template", help="prompts have a form of their own"
+    )
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--model", help="tiny, a folder, or the id of a model on the hub (default: tiny)")
+    group.add_argument("--device", help="such as cuda or cpu (default: the accelerator if there is one)")
+    group.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    group = parser.add_argument_group("how (defaults for the tiny model; for others 4 x 8 sequences and 2e-5)")
+    group.add_argument("--rule", choices=tuple(RULES), help="what the loss is divided by (default: token_mean)")
+    group.add_argument("--microbatch-size", type=int, metavar="B", help="sequences in one forward (default: 16)")
+    group.add_argument(
+        "--gradient-accumulation-steps", type=int, metavar="G", help="microbatches in an optimizer step (default: 4)"
+    )
+    group.add_argument("--normalize-constant", type=float, metavar="C", help="for rules that use it (default: 1)")
+    group.add_argument(
+        "--epochs", type=int, dest="num_epochs", metavar="N", help="(default: 3, of the built-in tasks 1)"
+    )
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: adamw)")
+    group.add_argument("--learning-rate", type=float, metavar="LR", help="its highest value (default: 3e-3)")
+    group.add_argument("--warmup-steps", type=int, metavar="N", help="until then (default: a tenth, at most 50)")
+    group.add_argument("--weight-decay", type=float, metavar="W", help="(default: 0.01)")
+    group.add_argument("--max-norm", type=float, metavar="L", help="of the gradient; inf never clips (default: 1)")
+    group.add_argument("--seed", type=int, help="of the order, the tiny model and what is held out (default: 0)")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="(default: run)")
+    group.add_argument("--evaluate-every", type=int, metavar="STEPS", help="(default: a tenth of the run)")
+    group.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 50)")
+    group.add_argument("--resume", action="store_true", default=False, help="go on with the run in the folder")
+    group.add_argument(
+        "--dry-run", action="store_true", default=False, help="show the first batch and its size, and write nothing"
+    )
+    parser.set_defaults(run=_train)
+
+
+class _Refused(Exception):
+    """It cannot begin; the text says why."""
+
+
+def _train(options: argparse.Namespace) -> int:
+    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        return _say(f'sft-edu train needs {" and ".join(missing)}: pip install "sft-edu[train]"', 2)
+    threads = torch.get_num_threads()
+    try:
+        run = _prepare(options)
+        if options.dry_run:
+            print(describe_run(run, colour=_shows_colour()))
+            return 0
+        return _run(run, options)
+    except _Refused as error:
+        return _say(str(error), 2)
+    except KeyboardInterrupt:
+        return _say(f"Stopped at once. What was saved before is in {options.out}.", INTERRUPTED)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare(options: argparse.Namespace) -> PreparedRun:
+    names = {field.name for field in fields(RunSettings)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    try:
+        settings = _resumed(options.out, given) if options.resume else RunSettings(**given)
+        if not options.resume and not options.dry_run:
+            _check_free(options.out)
+        prepared = prepare_run(settings, getattr(options, "device", None))
+        if prepared.settings.threads is not None:
+            torch.set_num_threads(prepared.settings.threads)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _Refused("The model does not fit into memory; take a smaller one or another --device.") from error
+    except (ModelLoadError, OSError, TypeError, ValueError) as error:
+        raise _Refused(_words(error)) from error
+    return replace(prepared, settings=replace(prepared.settings, threads=torch.get_num_threads()))
+
+
+def _resumed(folder: Path, given: dict[str, object]) -> RunSettings:
+    """What the run in the folder was asked to do. The same may be said again, but nothing else."""
+    if not (folder / SETTINGS).exists():
+        raise ValueError(f"{folder}: holds no run to go on with; leave out --resume to begin one")
+    stored = read_settings(folder)
+    for name, value in given.items():
+        began_with = getattr(stored, name)
+        if name == "data" or (name == "model" and value != TINY):
+            value = _absolute(value)
+        if value != began_with and name not in _MAY_CHANGE:
+            option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
+            raise ValueError(f"{option}: got {value}; the run in {folder} began with {began_with}")
+    return replace(stored, **{name: given[name] for name in _MAY_CHANGE if name in given})
+
+
+def _check_free(folder: Path) -> None:
+    if any((folder / name).exists() for name in (SETTINGS, METRICS, CHECKPOINTS)):
+        raise ValueError(f"{folder}: holds a run. Go on with it: {_resume(folder)}\nOr take another folder: --out")
+
+
+def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
+    folder = options.out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, timeout=0):
+            if not options.resume:
+                _check_free(folder)  # somebody may have begun one meanwhile
+                settings = prepared.settings
+                model = settings.model if settings.model == TINY else _absolute(settings.model)
+                replace(settings, data=settings.data and _absolute(settings.data), model=model).write(folder)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", DamagedCheckpointWarning)
+                run = RunFolder(folder, prepared.training, resume=options.resume)
+            for warning in caught:
+                _say(str(warning.message), 0)
+            return _train_to_the_end(prepared, run)
+    except Timeout as error:
+        raise _Refused(f"{folder}: another process trains in it; wait for it, or take another folder: --out") from error
+    except (OSError, ValueError) as error:
+        raise _Refused(_words(error)) from error
+
+
+def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
+    from sft_edu.progress_bar import progress_bar
+
+    if run.differences:
+        _say(f"Not bit for bit as if it had never stopped: {'; '.join(run.differences)}.", 0)
+    print(f"{prepared.examples}\n{_size(prepared)}", flush=True)
+    status, settings, problem = 0, prepared.settings, ""
+    try:
+        with stops_on_interrupt() as asked, progress_bar(run.training) as on_line:
+            finished = train_into(
+                run,
+                checkpoint_every=settings.checkpoint_every,
+                evaluate=prepared.evaluation,
+                evaluate_every=settings.evaluate_every,
+                on_line=on_line,
+                should_stop=asked,
+            )
+        status = 0 if finished else INTERRUPTED
+        model = save_final_model(prepared, run.folder) if finished else None
+        words = final_words(prepared, run, model) + ([] if finished else [f"Go on with: {_resume(run.folder)}"])
+        report = write_report(prepared, run, words)
+        print(*words, f"Report: {report}", sep="\n")
+        return status
+    except OSError as error:
+        problem = f"{_words(error)}\nWhat was saved before is whole."
+    except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
+        problem = f"{_words(error)}\nBegin anew with other settings in another folder: --out"
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "non-finite" not in str(error):
+            raise
+        problem = (
+            f"{_words(error)}\nA lower --learning-rate or --max-norm may help; begin anew in another folder: --out"
+        )
+    _say(f"Failed at optimizer step {run.training.step + 1} of {run.training.num_steps}. {problem}", 1)
+    return 1
+
+
+def _size(prepared: PreparedRun) -> str:
+    training, config = prepared.training, prepared.training.config
+    return (
+        f"{config.microbatch_size} x {config.gradient_accumulation_steps} = {training.minibatch_size} sequences in an "
+        f"optimizer step, {training.num_steps:,} steps, {config.rule}, on {training.device}."
+    )
+
+
+def _words(error: BaseException) -> str:
+    """The text of an error, with options in the place of the names of settings."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    known = {field.name for field in fields(RunSettings)} | {"device"}
+
+    def as_option(name: re.Match) -> str:
+        return _OPTIONS.get(name[1], "--" + name[1].replace("_", "-")) + name[2] if name[1] in known else name[0]
+
+    return re.sub(r"(?<![\w-])(\w+)(: got| \d)", as_option, str(error)) or type(error).__name__
+
+
+def _resume(folder: Path) -> str:
+    return f"sft-edu train --resume --out {shlex.quote(str(folder))}"
+
+
+def _absolute(value: str) -> str:
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() else value
+
+
+def _shows_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _say(text: str, status: int) -> int:
+    print(text, file=sys.stderr)
+    return status
