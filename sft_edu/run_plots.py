@@ -26,10 +26,11 @@ def run_figure(lines: Lines, *, dark: bool = False) -> Figure:
     """
     look = _DARK if dark else _LIGHT
     figure = Figure(figsize=(9.6, 5.6), facecolor="none", layout="constrained")
+    figure.get_layout_engine().set(hspace=0.09, wspace=0.05)
     loss, answers, gradient, rate = figure.subplots(2, 2).flat
     _draw(loss, "NLL per response token, nats", lines, {"nll": "training", "held_out_nll": "held out"}, look)
     if any("held_out_exact_match" in line for line in lines):
-        _draw(answers, "answers that are right", lines, {"held_out_exact_match": "held out"}, look)
+        _draw(answers, "held-out answers that are right", lines, {"held_out_exact_match": ""}, look)
         answers.set(ylim=(-0.04, 1.04))
         answers.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     else:
@@ -43,7 +44,8 @@ def run_figure(lines: Lines, *, dark: bool = False) -> Figure:
 
 def _draw(axes: Axes, title: str, lines: Lines, columns: Mapping[str, str], look: Mapping[str, str]) -> None:
     steep = []
-    for (column, label), colour in zip(columns.items(), ("first", "second"), strict=False):
+    for index, (column, label) in enumerate(columns.items()):
+        colour = "second" if index or "held_out" in column else "first"
         points = [(line["step"], line[column]) for line in lines if line.get(column) is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         # Not by colour alone: what is held out has dots, what is clipped has dashes.

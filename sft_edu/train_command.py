@@ -169,7 +169,7 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
     if run.differences:
         _say(f"Not bit for bit as if it had never stopped: {'; '.join(run.differences)}.", 0)
     print(f"{prepared.examples}\n{_size(prepared)}", flush=True)
-    status, settings, problem = 0, prepared.settings, ""
+    settings = prepared.settings
     try:
         with stops_on_interrupt() as asked, progress_bar(run.training) as on_line:
             finished = train_into(
@@ -180,24 +180,24 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
                 on_line=on_line,
                 should_stop=asked,
             )
-        status = 0 if finished else INTERRUPTED
         model = save_final_model(prepared, run.folder) if finished else None
-        words = final_words(prepared, run, model) + ([] if finished else [f"Go on with: {_resume(run.folder)}"])
-        report = write_report(prepared, run, words)
-        print(*words, f"Report: {report}", sep="\n")
-        return status
+        words = final_words(prepared, run, model) + [f"Go on with: {_resume(run.folder)}"] * (not finished)
+        print(*words, f"Report: {write_report(prepared, run, words)}", sep="\n")
+        return 0 if finished else INTERRUPTED
     except OSError as error:
-        problem = f"{_words(error)}\nWhat was saved before is whole."
+        return _say(f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {_resume(run.folder)}", 1)
     except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
-        problem = f"{_words(error)}\nBegin anew with other settings in another folder: --out"
+        words = [f"{_failed(run)} {_words(error)}", "Begin anew with other settings in another folder: --out"]
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "non-finite" not in str(error):
             raise
-        problem = (
-            f"{_words(error)}\nA lower --learning-rate or --max-norm may help; begin anew in another folder: --out"
-        )
-    _say(f"Failed at optimizer step {run.training.step + 1} of {run.training.num_steps}. {problem}", 1)
-    return 1
+        advice = "A lower --learning-rate or --max-norm may help; begin anew in another folder: --out"
+        words = [f"{_failed(run)} {_words(error)}", advice]
+    return _say("\n".join([*words, f"Report: {write_report(prepared, run, words)}"]), 1)
+
+
+def _failed(run: RunFolder) -> str:
+    return f"Failed at optimizer step {run.training.step + 1} of {run.training.num_steps}."
 
 
 def _size(prepared: PreparedRun) -> str:
