@@ -89,7 +89,7 @@ def _gives_the_same(model: nn.Module, head: nn.Module, input_ids: torch.Tensor) 
     except Exception:  # whatever a model says to fewer positions, it is called with all
         return False
     finally:
-        # Autocast keeps casts of weights for the next forward pass; those made here have no gradient.
+        # Some versions of autocast keep casts of weights for the next forward pass; those made here have no gradient.
         torch.clear_autocast_cache()
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,21 +52,23 @@ def load_model(
         pad token; `padding_token` knows what to use.
 
     Raises:
-        ModelLoadError: it cannot be found or read, weights are missing, it is not a causal language model, or model
-            and tokenizer do not fit. The text says what to do.
+        TypeError: the name is no text or path, or the dtype is not one of floats.
+        ModelLoadError: transformers is not installed; the model cannot be found or read, weights are missing, it is
+            not a causal language model, or model and tokenizer do not fit. The text says what to do.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype!r}; expected a torch.dtype of floats")
     name = _checked_name(name_or_path)
     try:
         import transformers
     except ModuleNotFoundError as error:
         raise ModelLoadError(f'{name}: real models need transformers: pip install "sft-edu[hf]"') from error
-    model, report = _load(
-        name, transformers.AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True
-    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, report = _load("model", name, load, dtype=dtype, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ModelLoadError(f"{name}: has no weights for {missing[0]}{more}; expected a whole causal language model")
-    tokenizer = _load(name, transformers.AutoTokenizer.from_pretrained)
+    tokenizer = _load("tokenizer", name, transformers.AutoTokenizer.from_pretrained)
     _check_tokenizer(name, tokenizer, model)
     model.to(device if device is not None else default_device()).eval().requires_grad_(True)
     _check_causal(name, model)
@@ -98,8 +101,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent) as place:
         unfinished = Path(place) / folder.name
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        _write(model, tokenizer, unfinished)
         _flush(unfinished)
         unfinished.rename(folder)
     _flush(folder.parent, recursive=False)
@@ -123,9 +125,11 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def _checked_name(name_or_path: str | os.PathLike) -> str:
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"name_or_path: got {name_or_path!r}; expected a folder or the id of a model")
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir() and name:
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelLoadError(f"{name}: has no config.json; expected a folder that save_pretrained wrote")
         return str(path)
@@ -136,19 +140,19 @@ def _checked_name(name_or_path: str | os.PathLike) -> str:
     return name
 
 
-def _load(name: str, from_pretrained: Callable, **options: object):
-    # trust_remote_code: False; the default asks whoever sits at the terminal.
+def _load(what: str, name: str, from_pretrained: Callable, **options: object):
+    # By default whoever sits at the terminal is asked whether code that comes along may run.
     options["trust_remote_code"] = False
     if not Path(name).is_dir():
-        with suppress(OSError):
+        with suppress(Exception):  # not downloaded yet, or not all of it
             return from_pretrained(name, local_files_only=True, **options)
     try:
         return from_pretrained(name, **options)
     except Exception as error:  # the libraries below have no common class for what can go wrong
-        raise ModelLoadError(f"{name}: {_reason(name, error)}") from error
+        raise ModelLoadError(f"{name}: {_reason(what, name, error)}") from error
 
 
-def _reason(name: str, error: BaseException) -> str:
+def _reason(what: str, name: str, error: BaseException) -> str:
     """Why it could not be loaded, and what to do."""
     from huggingface_hub import constants, errors
 
@@ -167,7 +171,7 @@ def _reason(name: str, error: BaseException) -> str:
         )
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is not run here; expected a model that transformers itself contains"
-    return str(error).partition("\n")[0] or type(error).__name__
+    return f"its {what} cannot be loaded: {shorten(str(error) or type(error).__name__, 300)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -181,9 +185,9 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTr
     if tokenizer.eos_token_id is None:
         known = getattr(model.generation_config, "eos_token_id", None)
         known = known[0] if isinstance(known, list) else known
-        if known is None:
-            raise ModelLoadError(f"{name}: its tokenizer has no eos token; name one in tokenizer_config.json")
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(known)
+        tokenizer.eos_token = None if known is None else tokenizer.convert_ids_to_tokens(known)
+    if tokenizer.eos_token_id is None:
+        raise ModelLoadError(f"{name}: its tokenizer has no eos token; name one in tokenizer_config.json")
     known, given = model.get_input_embeddings().weight.shape[0], len(tokenizer)
     if given > known:
         raise ModelLoadError(f"{name}: its tokenizer has {given:,} tokens and the model only {known:,}")
@@ -192,13 +196,23 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTr
 @torch.no_grad()
 def _check_causal(name: str, model: nn.Module) -> None:
     """Refuse a model that sees the token it is to predict, as an encoder does: it would learn to copy it."""
-    ids = torch.arange(_PROBE, device=next(model.parameters()).device).unsqueeze(0)
+    ids = torch.ones(1, _PROBE, dtype=torch.int64, device=model.device)
     before = model(ids).logits[:, :-1]
     ids[:, -1] = 0
     after = model(ids).logits[:, :-1]
     # A causal model computes the same twice, up to the order in which experts are batched.
     if (before - after).abs().max() > torch.finfo(before.dtype).eps ** 0.5 * before.abs().max():
         raise ModelLoadError(f"{name}: a token changes the logits before it; expected a causal language model")
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # its word for a full disk
+        raise OSError(f"{folder.name}: the weights could not be written: {error}") from error
 
 
 def _flush(folder: Path, *, recursive: bool = True) -> None:

@@ -204,7 +204,15 @@ def test_a_model_whose_logits_need_every_position_gets_every_position(kind):
     assert not head._CUTS.get(model, False)
 
 
-def test_a_plain_strange_model_is_cut():
+def test_a_compiled_model_gets_every_position(tiny):
+    """It may have been compiled without the hook. Nothing is compiled before the first call."""
+    assert head._head(tiny) is tiny.head
+    assert head._head(torch.compile(tiny, backend="eager")) is None
+    tiny.compile(backend="eager")
+    assert head._head(tiny) is None
+
+
+def test_an_ordinary_model_of_that_class_is_cut():
     model = Strange("ordinary")
     assert_equal(model, *batch())
     assert head._CUTS[model]
