@@ -26,7 +26,8 @@ def target_function(target: str) -> Iterator[Callable[..., object]]:
 
     Inside the block the folder of the file (for a dotted name the current one) comes first in `sys.path`, as when
     Python runs a file, `sys.argv` holds no arguments, and no byte code is written. What the module prints while it is
-    loaded goes to standard error.
+    loaded goes to standard error. Afterwards `sys.modules` is as before but for installed packages: the next file has
+    neighbours of its own, perhaps with the same names.
 
     Raises:
         TargetError: there is no such file, module or function, it is not callable, or the module fails; then the text
@@ -38,12 +39,41 @@ def target_function(target: str) -> Iterator[Callable[..., object]]:
     kept = sys.path[:], sys.argv, sys.dont_write_bytecode
     sys.argv, sys.dont_write_bytecode = [place], True
     try:
-        with redirect_stdout(sys.stderr):
-            module = _load_file(Path(place)) if _is_file(place) else _load_module(place)
-        yield _function(module, place, name)
+        with _own_neighbours(Path(place).resolve().parent if _is_file(place) else Path.cwd()):
+            with redirect_stdout(sys.stderr):
+                module = _load_file(Path(place)) if _is_file(place) else _load_module(place)
+            yield _function(module, place, name)
     finally:
         sys.path[:], sys.argv, sys.dont_write_bytecode = kept
-        sys.modules.pop(_MODULE_NAME, None)
+
+
+@contextmanager
+def _own_neighbours(folder: Path) -> Iterator[None]:
+    """Modules that the folder has too, but which were loaded from elsewhere, are out of the way meanwhile.
+
+    Modules that were loaded inside, and are not installed, are forgotten afterwards.
+    """
+    importlib.invalidate_caches()  # a file may have been written just now
+    before = dict(sys.modules)
+    neighbours = {entry.stem for entry in folder.iterdir()} if folder.is_dir() else set()
+    for name, module in before.items():
+        is_elsewhere = name.partition(".")[0] in neighbours and not Path(_file_of(module)).is_relative_to(folder)
+        if is_elsewhere and _is_own(_file_of(module)):
+            del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name, module in list(sys.modules.items()):
+            if name == _MODULE_NAME or (before.get(name) is not module and _is_own(_file_of(module))):
+                del sys.modules[name]
+        sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
+
+
+def _file_of(module: ModuleType) -> str:
+    """Where it was loaded from; "<frozen>" where from no file, as what is built in."""
+    own = getattr(module, "__dict__", {})  # no attribute access: some modules answer any name
+    file, paths = own.get("__file__"), own.get("__path__")  # a package without __init__.py has a path alone
+    return file or next(iter(paths or ()), "<frozen>")
 
 
 def _is_file(place: str) -> bool:

@@ -20,7 +20,7 @@ from sft_edu.model import TinyLM
 from sft_edu.ragged import ragged_minibatch
 
 _EXACT = 1e-12  # relative error, in float64
-_CAPTION = "Length and cosine of the accumulated gradient, beside the full batch's mean over tokens."
+_CAPTION = "Each accumulated gradient beside the full batch's mean over tokens: length, cosine, where equal."
 _STYLE = 'style="text-align: left; white-space: nowrap"'
 
 
@@ -57,11 +57,11 @@ class Passport:
         return f"<div>{table}<ul>{''.join(map(_html_note, self.rows))}</ul></div>"
 
     def _head(self) -> list[str]:
-        return ["framework", "D", "rule", *(f"G = {steps}" for steps in self.shown), "token mean at"]
+        return ["framework", "D", "rule", *(f"length, cos G={steps}" for steps in self.shown), "equal at"]
 
     def _cells(self, row: Row) -> list[str]:
         measured = [row.measured[steps] for steps in self.shown]
-        numbers = [f"{fixed(one.ratio)}x {fixed(one.cosine)}" for one in measured]
+        numbers = [f"{fixed(one.ratio)}x, {fixed(one.cosine)}" for one in measured]
         return [row.framework.name, row.framework.denominator, row.framework.rule or "none", *numbers, _where(row)]
 
     def _html_cells(self, row: Row) -> str:

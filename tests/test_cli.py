@@ -217,13 +217,34 @@ def test_help_lists_the_commands_and_the_rules(capsys):
 
 def test_loading_leaves_nothing_behind(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    before = sorted(folder.rglob("*")), sys.path[:], sys.argv, sys.dont_write_bytecode, set(sys.modules)
+    before = sorted(folder.rglob("*")), sys.path[:], sys.argv, sys.dont_write_bytecode, dict(sys.modules)
     assert run(capsys, "audit", f"{folder / 'steps.py'}:imports_late")[0] == 0
     assert run(capsys, "audit", f"{folder / 'broken.py'}:step")[0] == 2
     after = sorted(folder.rglob("*")), sys.path[:], sys.argv, sys.dont_write_bytecode
     assert after == before[:4]
-    assert set(sys.modules) - before[4] <= {"late", "steps", "neighbour"}
-    assert "_sft_edu_target" not in sys.modules
+    assert sys.modules == before[4]
+
+
+def test_each_file_has_neighbours_of_its_own(folder, capsys):
+    """Two projects with a `neighbour` each, and a third one that was loaded before by somebody else."""
+    other, mine = folder / "other", type(sys)("neighbour")
+    other.mkdir()
+    mine.__file__ = str(folder.parent / "neighbour.py")
+    sys.modules["neighbour"] = mine
+    (other / "steps.py").write_text(STEPS)
+    (other / "neighbour.py").write_text("def halve(x):\n    return x / 4\n")
+    for place, formula in ((folder, "2·c·G"), (other, "4·c·G"), (folder, "2·c·G")):
+        assert f"D = {formula}\n" in run(capsys, "audit", f"{place / 'steps.py'}:half")[1]
+    assert sys.modules["neighbour"] is mine
+
+
+def test_a_package_without_init_is_forgotten_too(folder, capsys, monkeypatch):
+    (folder / "space").mkdir()
+    (folder / "space" / "inner.py").write_text("from steps import half\n")
+    monkeypatch.chdir(folder)
+    before = dict(sys.modules)
+    assert run(capsys, "audit", "space.inner:half")[0] == 1
+    assert sys.modules == before
 
 
 def test_the_command_is_installed_and_is_a_module_too(folder):

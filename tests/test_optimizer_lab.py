@@ -16,14 +16,14 @@ from sft_edu.widgets import Bars, OptimizerLab, SavePicture, optimizer_lab
 
 OPENING = """\
 OptimizerLab: bug=G_twice G=8 steps=1 eps=1e-08 max_norm=0.1 lr=0.01
-optimizer         length   formula  cosine  formula  agree  off by  right clips  bug clips
-SGD               0.1250x  0.1250x  1.0000  1.0000   exact  0.8750  -            -
-AdamW             0.9968x  0.9968x  0.9999  0.9999   exact  0.0174  -            -
-SGD + clipping    0.2057x  0.2057x  1.0000  1.0000   exact  0.7943  1 of 1       0 of 1
-AdamW + clipping  0.9971x  0.9971x  0.9999  0.9999   exact  0.0155  1 of 1       0 of 1
+optimizer         length (predicted)  cosine (predicted)  prediction  off by  clips (with bug)
+SGD               0.1250x (0.1250x)   1.0000 (1.0000)     exact       0.8750  -
+AdamW             0.9968x (0.9968x)   0.9999 (0.9999)     exact       0.0174  -
+SGD + clipping    0.2057x (0.2057x)   1.0000 (1.0000)     exact       0.7943  1 (0) of 1
+AdamW + clipping  0.9971x (0.9971x)   0.9999 (0.9999)     exact       0.0155  1 (0) of 1
 One G too many: D is N·G instead of N. After 1 step, AdamW and AdamW + clipping hide it: their
-changes are within 5% of the right one. The formula knows the first step only; it is exact in 4 of 4
-rows."""
+changes are within 5% of the right one. The prediction knows the first step only; it is exact in 4
+of 4 rows."""
 
 
 def control(lab, description):
@@ -47,7 +47,11 @@ def test_what_it_shows_is_what_the_library_computes(bug):
         assert result == expected
         assert (row["label"], row["value"]) == (expected.name, expected.measured.ratio)
         assert row["text"] == f"{fixed(expected.measured.ratio)}x"
-        cells = [row["text"], "exact" if expected.is_exact else "differs", fixed(expected.measured.relative_error)]
+        cells = [
+            f"{row['text']} ({fixed(expected.predicted.ratio)}x)",
+            "exact" if expected.is_exact else "differs",
+            fixed(expected.measured.relative_error),
+        ]
         assert all(f">{cell}</td>" in find(lab, ipywidgets.HTML)[0].value for cell in cells)
     assert find(lab, Bars)[0].words == lab.words()
 
@@ -143,7 +147,7 @@ def test_rounding_alone_is_not_shown():
     error = lab.results[-1].measured.relative_error
     assert 0 < error < 1e-9
     assert fixed(error) not in repr(lab)
-    assert "AdamW + clipping  1.0000x    1.0000x    1.0000  1.0000   exact  0.0000" in repr(lab)
+    assert "1.0000 (1.0000)     exact       0.0000 " in repr(lab).splitlines()[5]
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -20,15 +20,15 @@ BY_NAME = {framework.name: framework for framework in FRAMEWORKS}
 BEFORE, SINCE = BY_NAME["HF Trainer to 10/2024"], BY_NAME["HF Trainer since then"]
 
 TABLE = """\
-Length and cosine of the accumulated gradient, beside the full batch's mean over tokens.
-framework              D      rule                   G = 1            G = 3            token mean at
-CS336, assignment 5    c·B·G  sequence_mean          24.0000x 1.0000  27.6879x 0.9926  no G
-HF Trainer to 10/2024  n·G    microbatch_token_mean  1.0000x 1.0000   1.0558x 0.9382   G = 1 only
-HF Trainer since then  N      token_mean             1.0000x 1.0000   1.0000x 1.0000   every G
-TRL SFTTrainer         N      token_mean             1.0000x 1.0000   1.0000x 1.0000   every G
-TRL SFTTrainer, dft    N/p    none                   0.0047x 0.7609   0.0047x 0.7609   no G
-torchtune              N      token_mean             1.0000x 1.0000   1.0000x 1.0000   every G
-nanochat               n·G    microbatch_token_mean  1.0000x 1.0000   1.0558x 0.9382   G = 1 only"""
+Each accumulated gradient beside the full batch's mean over tokens: length, cosine, where equal.
+framework              D      rule                   length, cos G=1   length, cos G=3   equal at
+CS336, assignment 5    c·B·G  sequence_mean          24.0000x, 1.0000  27.6879x, 0.9926  no G
+HF Trainer to 10/2024  n·G    microbatch_token_mean  1.0000x, 1.0000   1.0558x, 0.9382   G = 1 only
+HF Trainer since then  N      token_mean             1.0000x, 1.0000   1.0000x, 1.0000   every G
+TRL SFTTrainer         N      token_mean             1.0000x, 1.0000   1.0000x, 1.0000   every G
+TRL SFTTrainer, dft    N/p    none                   0.0047x, 0.7609   0.0047x, 0.7609   no G
+torchtune              N      token_mean             1.0000x, 1.0000   1.0000x, 1.0000   every G
+nanochat               n·G    microbatch_token_mean  1.0000x, 1.0000   1.0558x, 0.9382   G = 1 only"""
 
 
 @pytest.fixture(scope="module")

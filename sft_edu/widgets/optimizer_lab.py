@@ -29,7 +29,7 @@ from sft_edu.widgets.lab import Lab, between, labelled, one_of
 from sft_edu.widgets.table import html_table, text_table
 
 _TITLE = "how far the parameters have moved, with the right gradient = 1"
-_COLUMNS = ("optimizer", "length", "formula", "cosine", "formula", "agree", "off by", "right clips", "bug clips")
+_COLUMNS = ("optimizer", "length (predicted)", "cosine (predicted)", "prediction", "off by", "clips (with bug)")
 _ROUNDING = 1e-9  # may differ between machines
 
 
@@ -149,7 +149,7 @@ class OptimizerLab(Lab):
                 "value": result.measured.ratio,
                 "text": f"{fixed(result.measured.ratio)}x",
                 "colour": BUGS[self.bug].rule or "neutral",
-                "note": f"formula {fixed(result.predicted.ratio)}x, cosine {fixed(result.measured.cosine)}",
+                "note": f"predicted {fixed(result.predicted.ratio)}x, cosine {fixed(result.measured.cosine)}",
             }
             for result in self.results
         ]
@@ -158,20 +158,19 @@ class OptimizerLab(Lab):
         return [
             (
                 result.name,
-                f"{fixed(result.measured.ratio)}x",
-                f"{fixed(result.predicted.ratio)}x",
-                fixed(result.measured.cosine),
-                fixed(result.predicted.cosine),
+                f"{fixed(result.measured.ratio)}x ({fixed(result.predicted.ratio)}x)",
+                f"{fixed(result.measured.cosine)} ({fixed(result.predicted.cosine)})",
                 "exact" if result.is_exact else "differs",
                 fixed(_off(result)),
-                self._count(result.right_clips),
-                self._count(result.bug_clips),
+                self._clips(result),
             )
             for result in self.results
         ]
 
-    def _count(self, clips: int | None) -> str:
-        return f"{clips} of {self.optimizer_steps}" if clips is not None else "-"
+    def _clips(self, result: Outcome) -> str:
+        if result.right_clips is None:
+            return "-"
+        return f"{result.right_clips} ({result.bug_clips}) of {self.optimizer_steps}"
 
     def figure(self) -> Figure:
         return bar_figure([(_TITLE, self._rows(), 1.0)], log=True)
@@ -184,7 +183,7 @@ class OptimizerLab(Lab):
         exact = sum(result.is_exact for result in self.results)
         return (
             f"{bug.says[0].upper()}{bug.says[1:]}: D is {bug.formula} instead of N. After {steps}, {self._hiding()} "
-            f"The formula knows the first step only; it is exact in {exact} of {len(self.results)} rows."
+            f"The prediction knows the first step only; it is exact in {exact} of {len(self.results)} rows."
         )
 
     def _hiding(self) -> str:
