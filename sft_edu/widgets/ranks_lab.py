@@ -115,7 +115,12 @@ class RanksLab(Lab):
 
     def _rows(self) -> list[dict]:
         return [
-            _row(name, found, _colour(name), f"D = {RANK_DENOMINATORS[name].formula}")
+            _row(
+                name,
+                found,
+                _colour(name),
+                f"D = {RANK_DENOMINATORS[name].formula}, length {found.ratio:.4f}x, cosine {found.cosine:.4f}",
+            )
             for name, found in self._compared.items()
         ]
 

@@ -20,8 +20,9 @@ LABS = {
     "accumulation": "AccumulationLab()",
     "scaling": "ScalingLab()",
     "optimizer": "OptimizerLab()",
+    "ranks": "RanksLab()",
 }
-SETUP = "from sft_edu.widgets import AccumulationLab, MaskLab, OptimizerLab, ScalingLab, StepLab"
+SETUP = "from sft_edu.widgets import AccumulationLab, MaskLab, OptimizerLab, RanksLab, ScalingLab, StepLab"
 # The small text beside a bar, from the cells of its line in the table.
 BESIDE_BAR = {
     "scaling": lambda formula, length, cosine, *_: f"D = {formula}, cosine {cosine} {length}",
@@ -67,6 +68,8 @@ class Labs:
             self._agree_on_the_step(name, flat)
         elif name == "accumulation":
             self._agree_on_the_fill(flat)
+        elif name == "ranks":
+            self._agree_on_the_ranks(text)
         else:
             self._agree_on_the_table(name, text)
 
@@ -122,6 +125,17 @@ class Labs:
             return f"{one / whole:.2f}"
 
         until(lambda: shown() == share, lambda: f"{shown()}, not {share}")
+
+    def _agree_on_the_ranks(self, text: str) -> None:
+        every, followed = self.output("ranks").get_by_role("table").all()
+        for index, line in enumerate(text.splitlines()[2:6]):
+            name, formula, off, length, cosine = re.split(r"\s{2,}", line)
+            row = every.get_by_role("row").nth(index)
+            expect(row).to_have_accessible_name(f"{name} D = {formula}, length {length}, cosine {cosine} {off}")
+        followed_rows = self.told("ranks", "[[r['label'], r['note'], r['text']] for r in lab._rows_by_world()]")
+        expect(followed.get_by_role("row")).to_have_count(len(followed_rows))
+        for index, cells in enumerate(followed_rows):
+            expect(followed.get_by_role("row").nth(index)).to_have_accessible_name(" ".join(filter(None, cells)))
 
     def _agree_on_the_table(self, name: str, text: str) -> None:
         bars, table = self.output(name).get_by_role("table").all()

@@ -66,6 +66,17 @@ STOPS = {
         "button reset",
         *FOOTER,
     ],
+    "ranks": [
+        "slider W",
+        "textbox W",
+        "slider sequences",
+        "textbox sequences",
+        "slider skew",
+        "textbox skew",
+        "combobox D",
+        "button reset",
+        *FOOTER,
+    ],
     "scaling": [
         "slider G",
         "textbox G",
@@ -128,6 +139,17 @@ KEYS = {
         ("textbox lr", ["type 0.1", "Enter"], "optimizer.learning_rate", 0.1),
         ("textbox state", ["type bug=no_N steps=2", "Enter"], "optimizer.bug", "no_N"),
         ("button reset", ["Space"], "optimizer.bug", "G_twice"),
+    ],
+    "ranks": [
+        ("slider W", ["ArrowRight"], "ranks.world_size", 3),
+        ("textbox W", ["type 64", "Enter"], "ranks.world_size", 64),
+        ("slider sequences", ["Home"], "ranks.num_sequences", 8),
+        ("textbox sequences", ["type 16", "Tab"], "ranks.num_sequences", 16),
+        ("slider skew", ["Home"], "ranks.skew", 0.0),
+        ("textbox skew", ["type 0.5", "Enter"], "ranks.skew", 0.5),
+        ("combobox D", ["ArrowDown"], "ranks.denominator", "local_times_world"),
+        ("textbox state", ["type W=5 denominator=global", "Enter"], "ranks.world_size", 5),
+        ("button reset", ["Space"], "ranks.world_size", 2),
     ],
     "scaling": [
         ("slider G", ["ArrowLeft"], "scaling.gradient_accumulation_steps", 3),
@@ -271,6 +293,7 @@ def test_a_number_out_of_range_is_answered_with_the_range(labs: Labs, keyboard: 
         ("accumulation", "textbox imbalance", "", "imbalance: got nothing; expected 0 to 1"),
         ("optimizer", "textbox eps", "5", "eps: got 5; expected 1e-12 to 0.01"),
         ("optimizer", "textbox max_norm", "0.001", "max_norm: got 0.001; expected 0.01 to 10"),
+        ("ranks", "textbox W", "65", "W: got 65; expected 1 to 64"),
         ("scaling", "textbox G", "many", "G: got many; expected 1 to 8"),
         ("scaling", "spinbutton max_norm", "500", "max_norm: got 500.0; expected 0.01 to 100"),
     ]:

@@ -33,6 +33,13 @@ CHANGES = {
         "optimizer.eps, optimizer.max_norm = 1e-3, 2.5",
         "optimizer.reset()",
     ],
+    "ranks": [
+        "ranks.world_size = 7",
+        "ranks.denominator = 'global'",
+        "ranks.num_sequences, ranks.skew = 8, 0.3",
+        "ranks.state = 'W=64 N=32 skew=1 denominator=global_over_world'",
+        "ranks.reset()",
+    ],
     "scaling": [
         "scaling.gradient_accumulation_steps = 3",
         "scaling.imbalance = 0.0",
