@@ -32,7 +32,7 @@ def add(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         SOURCE, id="cell-colab", execution_count=1, metadata={"tags": [TAG], "jupyter": {"source_hidden": True}}
     )
     for later in notebook.cells:
-        if later.cell_type == "code":
+        if later.get("execution_count"):  # it has run
             later.execution_count += 1
             for result in later.outputs:
                 if result.output_type == "execute_result":
