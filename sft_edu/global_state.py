@@ -122,7 +122,8 @@ def plain_settings() -> Iterator[None]:
     """PyTorch's own settings inside, the caller's afterwards, whatever happened inside.
 
     Inside, gradients are recorded, autocast and anomaly detection are off, the default dtype is float32 and the default
-    device the CPU. Warnings are ignored, and what is printed goes nowhere.
+    device the CPU. There is one thread: for the small inputs here a second one costs more than it brings. Warnings are
+    ignored, and what is printed goes nowhere.
     """
     with ExitStack() as stack:
         lists = (_contents(sys, "path"), _contents(logging.root, "handlers"))
@@ -140,6 +141,8 @@ def plain_settings() -> Iterator[None]:
         stack.enter_context(redirect_stderr(nowhere))
         warnings.simplefilter("ignore")
         torch.set_default_dtype(torch.float32)
+        if torch.get_num_threads() != 1:
+            torch.set_num_threads(1)
         torch.autograd.set_detect_anomaly(False)
         for device_type in _autocast_devices():
             torch.set_autocast_enabled(device_type, False)
