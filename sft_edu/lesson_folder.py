@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sft_edu.lessons import NOTEBOOKS, course_folder
 from sft_edu.progress import MANIFEST
+from sft_edu.whole_file import write_whole
 
 _SUFFIXES = (".ipynb", ".md")
 
@@ -112,11 +113,8 @@ def _read(manifest: Path) -> dict[str, str]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """All of the file or nothing, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    write_whole(path, content)
 
 
 def _digest(content: bytes) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from sft_edu.lessons import NOTEBOOKS
+from sft_edu.whole_file import write_whole
 
 if TYPE_CHECKING:
     from sft_edu.exercises.verdict import Verdict
@@ -83,7 +84,8 @@ class Progress:
             except _Damaged:
                 path.rename(_free_name(path))
             change()
-            _write(path, {"version": _VERSION, "predictions": self.predictions, "exercises": self.exercises})
+            stored = {"version": _VERSION, "predictions": self.predictions, "exercises": self.exercises}
+            write_whole(path, json.dumps(stored, indent=1).encode())
 
     def _take(self, stored: dict) -> None:
         self.predictions, self.exercises = stored["predictions"], stored["exercises"]
@@ -137,16 +139,6 @@ def _read(path: Path) -> dict:
         if not (isinstance(part, dict) and all(isinstance(entry, dict) for entry in part.values())):
             raise _Damaged
     return stored
-
-
-def _write(path: Path, content: dict) -> None:
-    """All of it or nothing, whatever happens meanwhile."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _free_name(path: Path) -> Path:
