@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -168,16 +169,17 @@ def _state_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in local if tensor.ndim)  # not the step counts
 
 
-def _end_with_parent() -> None:
-    """The parent holds the other end of standard input; it closes however the parent ends."""
+def _end_with_parent(folder: Path) -> None:
+    """The parent holds the other end of standard input, which closes however the parent ends."""
     os.read(0, 1)  # not sys.stdin, whose lock would be in the way of an exit
+    shutil.rmtree(folder, ignore_errors=True)  # which the parent could not do
     os._exit(1)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     where, own_rank = Path(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=_end_with_parent, args=(where,), daemon=True).start()
     try:
         main(where, own_rank, int(sys.argv[3]), float(sys.argv[4]))
     except BaseException as error:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -178,12 +179,16 @@ def test_they_end_with_the_process_that_started_them():
         "run_ranks(TinyLM(d_model=16, num_layers=1, num_heads=2), microbatches, timeout=100, skip_empty=True)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
-    try:
-        started = until(lambda: len(found := workers(parent.pid)) == 2 and found)
-    finally:
-        parent.kill()
-        parent.wait()
-    until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started), seconds=20)
+    started = until(lambda: len(found := workers(parent.pid)) == 2 and found)
+    folder = Path(started[0].cmdline()[-4])
+    assert folder.is_dir()
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    for one in alive:
+        one.kill()
+    assert alive == []
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
