@@ -88,7 +88,7 @@ def test_answers_refuse_what_they_cannot_show(row, complaint):
 
 def test_an_answer_is_made_readable_and_cut():
     (row,) = Answers(rows=[ROW | {"answer": "a\n\u202e\ud800\ufffd" + "x" * 60}]).rows
-    assert row["answer"] == "a••?•" + "x" * 34 + "…"
+    assert row["answer"] == "a↵•?•" + "x" * 34 + "…"
     assert len(row["answer"]) == 40
 
 

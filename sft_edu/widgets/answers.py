@@ -11,7 +11,8 @@ LONGEST = 40  # characters that are shown
 
 
 def readable(written: str) -> str:
-    """Of a text, what fits into a cell of the table; a dot for each character that cannot be seen."""
+    """Of a text, what fits into a cell of the table; an arrow for a new line, a dot for what else cannot be seen."""
+    written = written.replace("\n", "↵")
     seen = "".join(character if character.isprintable() and character != "\ufffd" else "•" for character in written)
     return seen if len(seen) <= LONGEST else seen[: LONGEST - 1] + "…"
 

@@ -16,6 +16,7 @@ from torch import nn
 from sft_edu.plots import curve_figure
 from sft_edu.run import stops_on_interrupt
 from sft_edu.scaling import RULES
+from sft_edu.train import Record
 from sft_edu.train_config import OPTIMIZERS
 from sft_edu.widgets import state, training_view
 from sft_edu.widgets.answers import Answers
@@ -120,6 +121,11 @@ class TrainingLab(Lab):
     def exact_match(self) -> float:
         """The share of right answers, 0 to 1, when it was last looked at."""
         return self._run.looks[-1].scores.exact_match
+
+    @property
+    def records(self) -> list[Record]:
+        """What each optimizer step of this run did."""
+        return self._run.records[:]
 
     @property
     def model(self) -> nn.Module:
