@@ -13,7 +13,7 @@ from sft_edu.ragged import ragged_minibatch
 
 PROBLEMS = {
     "mean of means": ("depends-on-split",),
-    "dropped mask": ("mask-ignored",),
+    "dropped mask": ("mask-ignored", "padding-counted"),
     "partial window": ("depends-on-split", "partial-window"),
     "zeroed gradients": ("sequences-missing", "depends-on-split"),
 }
