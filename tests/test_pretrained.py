@@ -8,6 +8,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -254,7 +255,8 @@ def test_a_config_that_is_no_json(saved):
     assert "is not a valid JSON file" in refused(saved)
 
 
-def test_code_that_comes_with_a_model_is_not_run(saved):
+def test_code_that_comes_with_a_model_is_not_run(saved, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to a question that is not asked
     edit(
         saved / "config.json", model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.M"}
     )
@@ -314,7 +316,10 @@ for name in sys.argv[1:]:
 class Hub(BaseHTTPRequestHandler):
     """Answers as the hub does for what it does not give away."""
 
+    asked: ClassVar = []
+
     def do_HEAD(self):
+        self.asked.append(self.path)
         status, error = (403, "GatedRepo") if self.path.startswith("/gated/") else (404, "RepoNotFound")
         self.send_response(status)
         self.send_header("X-Error-Code", error)
@@ -329,6 +334,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
+    Hub.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -352,17 +358,21 @@ def test_a_model_that_the_hub_does_not_give(hub, tmp_path):
     assert missing.startswith("nobody/model: there is no such folder, and no such model on the hub")
 
 
-def test_offline_a_downloaded_model_loads_and_another_is_explained(saved, tmp_path):
+def test_what_was_downloaded_is_loaded_without_asking_the_hub(saved, hub, tmp_path):
     """The cache is laid out as the hub's client lays it out."""
     repository = tmp_path / "hub" / "models--owner--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
     saved.rename(repository / "snapshots" / ("0" * 40))
-    # No HF_HUB_OFFLINE for the first: the hub is not asked for what is there. Port 9 answers nobody.
-    assert loaded_elsewhere("owner/model", HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9") == [
-        "owner/model LlamaForCausalLM"
-    ]
+    printed = loaded_elsewhere("owner/model", "owner/other", HF_HOME=str(tmp_path), HF_ENDPOINT=hub)
+    assert printed[0] == "owner/model LlamaForCausalLM"
+    assert printed[1].startswith("owner/other: there is no such folder, and no such model on the hub")
+    assert Hub.asked
+    assert not any("owner/model/" in path for path in Hub.asked)
+
+
+def test_without_a_network_the_way_to_the_model_is_explained(tmp_path):
     (missing,) = loaded_elsewhere("nobody/model", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert missing == (
         "nobody/model: there is no such folder, it has not been downloaded before, and HF_HUB_OFFLINE is set. Where "
