@@ -5,7 +5,10 @@ Here a loop is written as the loss of one microbatch; `loop` makes it a whole on
 
 import copy
 import functools
+import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -384,6 +387,44 @@ def test_exponents_that_two_sequences_do_not_determine_are_not_invented(lengths)
     halved = audit_accumulation(LOOPS["half of it"][0], minibatch=minibatch_of(*lengths))
     assert (halved.objective, halved.rule, halved.formula) == (None, None, "not determined by these data")
     assert "give more sequences" in halved.consequence
+
+
+def takes_the_model_apart(model, microbatches):
+    model._modules.clear()
+    model._parameters.clear()
+
+
+HOSTILE = {
+    "takes the model apart": (takes_the_model_apart, "changes-parameters"),
+    "empties the model": (lambda model, microbatches: model.__dict__.clear(), "changes-parameters"),
+    "moves the model nowhere": (lambda model, microbatches: model.to("meta"), "changes-parameters"),
+    "halves the model": (lambda model, microbatches: model.half(), "changes-parameters"),
+    "fills the list with rubbish": (lambda model, microbatches: microbatches.append(3), "mutates-input"),
+    "replaces a batch": (lambda model, microbatches: microbatches.__setitem__(0, "batch"), "mutates-input"),
+    "empties a batch": (lambda model, microbatches: microbatches[0].clear(), "mutates-input"),
+    "leaves the program": (lambda model, microbatches: sys.exit(3), "raises"),
+    "prints": (lambda model, microbatches: print("\udce4" * 1000), ""),
+    "changes settings": (lambda model, microbatches: (torch.set_grad_enabled(False), torch.manual_seed(0)), ""),
+    "changes the folder": (lambda model, microbatches: os.chdir("/"), ""),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_loop_is_reported_and_leaves_no_trace(what, capfd):
+    harm, code = HOSTILE[what]
+
+    def run(model, microbatches):
+        with_rule("token_mean")(model, microbatches)
+        harm(model, microbatches)
+
+    before = torch.get_rng_state(), torch.is_grad_enabled(), Path.cwd(), random.getstate()
+    audit = audit_accumulation(run, minibatch=minibatch_of(3, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (torch.is_grad_enabled(), Path.cwd(), random.getstate()) == before[1:]
+    assert audit.problems[:1] == ((code,) if code else ())
+    assert capfd.readouterr() == ("", "")
+    if code in ("", "mutates-input", "raises"):
+        assert audit.objective == "token_mean"
 
 
 class OneDirection(nn.Module):

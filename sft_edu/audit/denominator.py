@@ -157,7 +157,7 @@ def _other_shape(
         ys = [point.value / rest / x**power for point, x in zip(line, xs, strict=True)]
         for shape, text in _shapes(symbol, xs, ys):
 
-            def predict(counts: Mapping[str, float], shape=shape, power=power) -> float:
+            def predict(counts: Mapping[str, float], shape: Any = shape, power: Any = power) -> float:
                 return _product(powers, counts) * counts[symbol] ** power * shape(counts[symbol])
 
             if _fits(points, predict):

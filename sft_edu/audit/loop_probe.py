@@ -99,11 +99,18 @@ class LoopProbe:
                 error = describe(raised)
         changed = [name for name, tensor in given.items() if not torch.equal(tensor, before[name])]
         changed += ["entries"] if _entries(microbatches) != entries else []
-        changed += [] if _same_parameters(model, self.model) else ["parameters"]
-        gradient = _gradient(model)
-        fits = gradient is not None and gradient.numel() == self.sums().shape[1]  # the loop may have added parameters
-        kept = gradient if fits else None
-        return Run(tuple(rows), tuple(lengths), tuple(sizes), columns, kept, error, tuple(changed))
+        gradient, is_same = self._left_in(model)
+        changed += [] if is_same else ["parameters"]
+        return Run(tuple(rows), tuple(lengths), tuple(sizes), columns, gradient, error, tuple(changed))
+
+    def _left_in(self, model: nn.Module) -> tuple[torch.Tensor | None, bool]:
+        """The gradient, None if there is none of these parameters, and whether the parameters are as they were."""
+        try:
+            gradient, is_same = _gradient(model), _same_parameters(model, self.model)
+        except Exception:  # nothing can be read of a model that was taken apart, or moved to where no numbers are
+            return None, False
+        fits = gradient is not None and gradient.numel() == self.sums().shape[1]  # there may be more parameters
+        return gradient if fits else None, is_same
 
     def sums(self, columns: int | None = None) -> torch.Tensor:
         """The gradient of the sum of -log p over the response tokens of each sequence, `[M, parameters]`."""
@@ -205,9 +212,11 @@ def _same_parameters(model: nn.Module, pristine: nn.Module) -> bool:
     return all(a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-def _entries(microbatches: Sequence[Batch]) -> list[dict[str, int]]:
-    """Which tensors stand in which place."""
-    return [{name: id(tensor) for name, tensor in microbatch.items()} for microbatch in microbatches]
+def _entries(microbatches: Sequence[Batch]) -> list[object]:
+    """Which tensors stand in which place, or whatever stands there now."""
+    return [
+        {name: id(tensor) for name, tensor in one.items()} if type(one) is dict else id(one) for one in microbatches
+    ]
 
 
 def _gradient(model: nn.Module) -> torch.Tensor | None:
