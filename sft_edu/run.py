@@ -49,9 +49,11 @@ class RunFolder:
         if not resume and first(lambda: any((self.folder / name).exists() for name in (METRICS, CHECKPOINTS))):
             raise FileExistsError(f"{self.folder}: holds a run; go on with it (resume) or take another folder")
         state = first(lambda: checkpoint.load_checkpoint(self.folder / CHECKPOINTS)) if resume else None
+        self._saved: tuple[int, int] | None = None
         if state is not None:
             checkpoint.set_random_state(state["random"])
             self.differences = training.load_state_dict(state) + checkpoint.environment_differences(state)
+            self._saved = self._position()
         first(self._take_back_metrics)
 
     def records(self) -> list[dict[str, object]]:
@@ -65,21 +67,26 @@ class RunFolder:
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(as_json(line) + "\n")
 
-    def save(self) -> Path | None:
-        """Write a checkpoint of the run as it is now, also in the middle of a minibatch.
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is now, also in the middle of a minibatch; unless there is one.
 
         Several ranks do it together, between optimizer steps; the first writes.
         """
+        if self._saved == self._position():
+            return
         training = self.training
         state = training.state_dict()
-        if training.ranks.rank:
-            return None
-        # A checkpoint must not be on the disk before the lines of its steps: they would be missing after a power cut.
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            os.fsync(file.fileno())
-        return checkpoint.save_checkpoint(
-            self.folder / CHECKPOINTS, state, step=training.step, microbatch=training.microbatch
-        )
+        if training.ranks.rank == 0:
+            # The lines of its steps must be on the disk before it: they would be missing after a power cut.
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+            checkpoint.save_checkpoint(
+                self.folder / CHECKPOINTS, state, step=training.step, microbatch=training.microbatch
+            )
+        self._saved = self._position()
+
+    def _position(self) -> tuple[int, int]:
+        return self.training.step, self.training.microbatch
 
     def _take_back_metrics(self) -> None:
         """Keep the lines up to the step at which the run stands."""
@@ -173,7 +180,7 @@ def stops_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
         return
 
-    def ask(number, frame) -> None:
+    def ask(number: int, frame: object) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()

@@ -118,7 +118,8 @@ def _prepare(options: argparse.Namespace) -> PreparedRun:
         raise _Refused("The model does not fit into memory; take a smaller one or another --device.") from error
     except (ModelLoadError, OSError, TypeError, ValueError) as error:
         raise _Refused(_words(error)) from error
-    return replace(prepared, settings=replace(prepared.settings, threads=torch.get_num_threads()))
+    found = {name: _absolute(name, getattr(prepared.settings, name)) for name in ("data", "model")}
+    return replace(prepared, settings=replace(prepared.settings, **found, threads=torch.get_num_threads()))
 
 
 def _resumed(folder: Path, given: dict[str, object]) -> RunSettings:
@@ -128,9 +129,7 @@ def _resumed(folder: Path, given: dict[str, object]) -> RunSettings:
     stored = read_settings(folder)
     for name, value in given.items():
         began_with = getattr(stored, name)
-        if name == "data" or (name == "model" and value != TINY):
-            value = _absolute(value)
-        if value != began_with and name not in _MAY_CHANGE:
+        if _absolute(name, value) != began_with and name not in _MAY_CHANGE:
             option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
             raise ValueError(f"{option}: got {value}; the run in {folder} began with {began_with}")
     return replace(stored, **{name: given[name] for name in _MAY_CHANGE if name in given})
@@ -148,9 +147,7 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
         with FileLock(folder / LOCK, timeout=0):
             if not options.resume:
                 _check_free(folder)  # somebody may have begun one meanwhile
-                settings = prepared.settings
-                model = settings.model if settings.model == TINY else _absolute(settings.model)
-                replace(settings, data=settings.data and _absolute(settings.data), model=model).write(folder)
+                prepared.settings.write(folder)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", DamagedCheckpointWarning)
                 run = RunFolder(folder, prepared.training, resume=options.resume)
@@ -217,14 +214,17 @@ def _words(error: BaseException) -> str:
     def as_option(name: re.Match) -> str:
         return _OPTIONS.get(name[1], "--" + name[1].replace("_", "-")) + name[2] if name[1] in known else name[0]
 
-    return re.sub(r"(?<![\w-])(\w+)(: got| \d)", as_option, str(error)) or type(error).__name__
+    return re.sub(r"(?<![\w-])(\w+)(: got|:? \d)", as_option, str(error)) or type(error).__name__
 
 
 def _resume(folder: Path) -> str:
     return f"sft-edu train --resume --out {shlex.quote(str(folder))}"
 
 
-def _absolute(value: str) -> str:
+def _absolute(name: str, value: object) -> object:
+    """A setting; a path in it so that it leads to the same file from everywhere."""
+    if name not in ("data", "model") or value in (None, TINY):
+        return value
     path = Path(value).expanduser()
     return str(path.resolve()) if path.exists() else value
 

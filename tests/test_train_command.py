@@ -1,0 +1,603 @@
+"""The command `sft-edu train`: what it leaves behind, what it refuses, and that nothing is lost however it ends."""
+
+import errno
+import io
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from test_encode import CHATML, hugging_face
+from test_report_page import HOSTILE_PARTS, Elements
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sft_edu import train_command
+from sft_edu.checkpoint import load_checkpoint
+from sft_edu.cli import main
+from sft_edu.evaluate import Evaluation
+from sft_edu.jsonl import load_jsonl
+from sft_edu.model import TinyLM
+from sft_edu.pretrained import load_model
+from sft_edu.run import CHECKPOINTS, METRICS, as_json, read_metrics
+from sft_edu.run_settings import SETTINGS
+from sft_edu.tiny_run import load_tiny_model, tiny_examples
+from sft_edu.tokens import ByteTokenizer
+from sft_edu.train import Training
+from sft_edu.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+# 36 examples to train on make 5 optimizer steps of 4 x 2 in an epoch, the last of them incomplete.
+SHORT = [
+    *("--microbatch-size", "4", "--gradient-accumulation-steps", "2", "--epochs", "2"),
+    *("--evaluate-every", "4", "--checkpoint-every", "3"),
+]
+FILES = {"metrics.jsonl", "settings.json", "report.html", "model.pt", "checkpoints"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: it holds some data."""
+    examples = [{"prompt": f"{number} + 1 =", "response": f" {number + 1}"} for number in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(capsys, *arguments: object, data: str = "mine.jsonl") -> tuple[int, str, str]:
+    """Status, standard output and standard error of a short run."""
+    arguments = list(map(str, arguments))
+    given = [] if "--resume" in arguments else ["--data", data, *SHORT]
+    try:
+        status = main(["train", *given, *arguments])
+    except SystemExit as left:
+        status = left.code
+    return status, *capsys.readouterr()
+
+
+def command(*arguments: str, **options) -> subprocess.Popen:
+    """The same in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    return subprocess.Popen([sys.executable, "-m", "sft_edu", "train", *arguments], **pipes, **options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, file by file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether two runs measured the same and trained to the same model, bit for bit."""
+    equal = [(one / name).read_bytes() == (other / name).read_bytes() for name in ("metrics.jsonl", "model.pt")]
+    return all(equal) and not list(one.rglob("*.unfinished"))
+
+
+@pytest.fixture
+def whole(folder: Path, capsys) -> Path:
+    """A run that was never stopped."""
+    assert train(capsys, "--out", "whole")[0] == 0
+    return folder / "whole"
+
+
+# --- what it leaves behind ---
+
+
+def test_the_whole_command(folder: Path):
+    process = command("--data", "mine.jsonl", *SHORT, "--out", "my run")
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, "")
+    assert {path.name for path in (folder / "my run").iterdir()} - {".lock"} == FILES
+    lines = list(read_metrics(folder / "my run" / METRICS))
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["step"] for line in lines if "held_out_nll" in line] == [1, 4, 8, 10]
+    assert {"nll", "notes_loss", "grad_norm", "clipped_norm", "num_tokens", "entropy", "learning_rate"} <= set(lines[0])
+    assert re.findall(r"^step +(\d+) of 10 ", out, re.MULTILINE) == ["1", "4", "8", "10"]
+    assert "response tokens/s" in out
+    assert "Finished after optimizer step 10 of 10." in out
+    assert "40 examples," in out
+    assert load_checkpoint(folder / "my run" / CHECKPOINTS)["step"] == 10
+    model = load_tiny_model(folder / "my run" / "model.pt")
+    settings = json.loads((folder / "my run" / SETTINGS).read_text())
+    assert settings["data"] == str(folder / "mine.jsonl")
+    page = (folder / "my run" / "report.html").read_text(encoding="utf-8")
+    assert "Finished after optimizer step 10 of 10." in page
+    assert "sft-edu train, my run" in page
+    assert lines[-1]["nll"] < lines[0]["nll"]
+    held_out = [answer["prompt"] for answer in lines[-1]["answers"]]
+    examples = [example for example in load_jsonl("mine.jsonl") if example.prompt in held_out]
+    assert len(examples) == 4
+    assert Evaluation(examples, ByteTokenizer())(model).as_dict() == {
+        name: lines[-1][name] for name in ("held_out_exact_match", "held_out_nll", "answers")
+    }
+
+
+@pytest.mark.timeout(600)  # half a minute, where nothing else runs
+def test_the_built_in_tasks_are_learned(folder: Path, capsys):
+    assert main(["train"]) == 0
+    out = capsys.readouterr().out
+    lines = list(read_metrics(folder / "run" / METRICS))
+    scored = [line["held_out_exact_match"] for line in lines if "held_out_exact_match" in line]
+    assert scored[0] == 0
+    assert scored[-1] >= 0.99
+    assert f"{scored[-1]:.1%} right" in out
+    assert all(answer["is_right"] for answer in lines[-1]["answers"])
+    model = load_tiny_model(folder / "run" / "model.pt")
+    fresh = Evaluation(tiny_examples("test", seed=1), ByteTokenizer())  # other words again
+    assert fresh(model).exact_match >= 0.98
+
+
+def test_a_real_model_with_its_chat_template(folder: Path, capsys):
+    tokenizer = hugging_face(CHATML)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    capsys.readouterr()
+    options = ["--model", "llama", "--device", "cpu", "--out", "run", "--learning-rate", "1e-3"]
+    status, out, _ = train(capsys, *options)
+    assert status == 0, out
+    model, tokenizer = load_model(folder / "run" / "model", device="cpu")
+    lines = list(read_metrics(folder / "run" / METRICS))
+    assert lines[-1]["nll"] < lines[0]["nll"]
+    assert "<|im_start|>assistant" in lines[-1]["answers"][0]["prompt"]
+    state = load_checkpoint(folder / "run" / CHECKPOINTS)["model"]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert train(capsys, "--resume", "--out", "run")[0] == 0  # after its end: the model is there already
+    assert train(capsys, *options, "--out", "long", "--max-length", "66")[0] == 2
+    status, out, _ = train(capsys, *options, "--out", "cut", "--max-length", "20")
+    assert status == 0
+    assert "Cut to 20 tokens: 40 examples" in out
+    status, out, _ = train(capsys, *options, "--dry-run", "--no-chat-template")
+    assert "im_start" not in out
+
+
+def test_a_trained_tiny_model_can_be_trained_on(whole: Path, capsys):
+    status, _, err = train(capsys, "--model", "whole/model.pt", "--out", "more")
+    assert status == 0, err
+    first, later = (next(read_metrics(Path(name) / METRICS)) for name in ("whole", "more"))
+    assert later["nll"] < first["nll"]
+    Path("no.pt").write_bytes(b"nothing")
+    status, _, err = train(capsys, "--model", "no.pt", "--out", "none")
+    assert (status, err) == (2, "no.pt: got a file that holds no tiny model; expected what save_tiny_model wrote\n")
+
+
+def test_hostile_texts_do_nothing(folder: Path, capsys):
+    texts = [part for part in HOSTILE_PARTS if not {"\0", "\ud800"} & set(part) and part.strip()]
+    data = "".join(json.dumps({"prompt": f"{n}{text}", "response": text}) + "\n" for n, text in enumerate(texts * 3))
+    (folder / "hostile.jsonl").write_text(data)
+    status, out, err = train(capsys, "--out", "<img src=x>", "--held-out", 0.4, data="hostile.jsonl")
+    assert (status, err) == (0, "")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", out)
+    page = (folder / "<img src=x>" / "report.html").read_text(encoding="utf-8")
+    assert Elements(page).tags.count("img") == 1
+    assert "<img src=x>" not in page
+    status, out, _ = train(capsys, "--dry-run", data="hostile.jsonl")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", out)
+
+
+def test_what_was_cut_is_told(folder: Path, capsys):
+    status, out, _ = train(capsys, "--max-length", 6, "--out", "run")
+    assert status == 0
+    assert "Cut to 6 tokens: 40 examples" in out
+    assert "Cut to 6 tokens: 40 examples" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_nothing_need_be_held_out(folder: Path, capsys):
+    status, out, _ = train(capsys, "--held-out", 0, "--out", "run")
+    assert status == 0
+    assert "right" not in out
+    assert not any("answers" in line for line in read_metrics(folder / "run" / METRICS))
+
+
+# --- before it begins ---
+
+
+def test_a_dry_run_writes_nothing(folder: Path, capsys):
+    before = content(folder)
+    status, out, err = train(capsys, "--dry-run")
+    assert (status, err) == (0, "")
+    assert out.count("⟦") == out.count("⟧") == 5
+    assert "4 sequences x 2 microbatches = 8 sequences" in out
+    assert "\x1b" not in out  # no terminal
+    assert content(folder) == before
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_colour_is_for_terminals_that_want_it(monkeypatch, environment: dict[str, str], expected: bool):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert train_command._shows_colour() == expected
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert not train_command._shows_colour()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "missing.jsonl"], "missing.jsonl: No such file or directory"),
+        (["--data", "."], ".: Is a directory"),
+        (["--data", "bad.jsonl"], "bad.jsonl, line 2, response: got an empty text; expected"),
+        (["--data", "empty.jsonl"], "empty.jsonl: got a file without examples"),
+        (["--data", "alike.jsonl"], "--held-out: got 0.1 of 3 examples that all ask the same; expected 0"),
+        (["--model", "no/such/model/anywhere"], "no/such/model/anywhere"),
+        (["--microbatch-size", "0"], "--microbatch-size: got 0; expected an integer of at least 1"),
+        (["--gradient-accumulation-steps", "0"], "--gradient-accumulation-steps: got 0"),
+        (["--epochs", "0"], "--epochs: got 0; expected an integer of at least 1"),
+        (["--learning-rate", "nan"], "--learning-rate: got nan; expected a number above 0"),
+        (["--normalize-constant", "0"], "--normalize-constant: got 0"),
+        (["--max-norm", "-1"], "--max-norm: got -1.0"),
+        (["--max-length", "2"], "--max-length: got 2"),
+        (["--held-out", "1"], "--held-out: got 1.0; expected a share from 0 up to 1"),
+        (["--held-out", "nan"], "--held-out: got nan"),
+        (["--threads", "0"], "--threads: got 0"),
+        (["--evaluate-every", "0"], "--evaluate-every: got 0"),
+        (["--device", "nonsense"], "--device: got nonsense; expected one that this machine has"),
+        (["--device", "meta"], "--device: got meta"),
+        (["--out", "mine.jsonl"], "mine.jsonl"),
+        (["--out", "/sys/run"], "/sys/run"),
+        (["--rule", "mean"], "invalid choice: 'mean'"),
+        (["--microbatch-size", "many"], "invalid int value: 'many'"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_begin_is_named_and_leaves_nothing(folder: Path, capsys, arguments: list[str], words: str):
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": ""}\n')
+    (folder / "empty.jsonl").write_text("\n")
+    (folder / "alike.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)
+    before = content(folder)
+    status, out, err = train(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+    assert content(folder) == before
+    assert not (folder / "run").exists()
+
+
+def test_the_built_in_tasks_have_their_own_held_out_words(capsys):
+    assert main(["train", "--held-out", "0.5", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("--held-out: got 0.5; expected none")
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(train_command, "find_spec", lambda name: None if name == "tqdm" else name)
+    status, _, err = train(capsys)
+    assert (status, err) == (2, 'sft-edu train needs tqdm: pip install "sft-edu[train]"\n')
+
+
+def test_another_run_is_not_touched(whole: Path, capsys):
+    before = content(whole)
+    status, out, err = train(capsys, "--out", whole)
+    assert (status, out) == (2, "")
+    assert f"sft-edu train --resume --out {whole}" in err
+    assert "--out" in err
+    assert content(whole) == before
+
+
+@pytest.mark.parametrize("name", [SETTINGS, METRICS, CHECKPOINTS])
+def test_any_trace_of_a_run_is_enough(folder: Path, capsys, name: str):
+    (folder / "run" / name).mkdir(parents=True)
+    assert train(capsys)[0] == 2
+
+
+def test_two_processes_do_not_share_a_folder(whole: Path, capsys):
+    before = content(whole)
+    with FileLock(whole / train_command.LOCK):
+        status, _, err = train(capsys, "--resume", "--out", whole)
+    assert status == 2
+    assert "another process trains in it" in err
+    assert content(whole) == before
+
+
+# --- going on ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "nowhere"], "nowhere: holds no run to go on with"),
+        (["--rule", "notes"], "--rule: got notes; the run in whole began with token_mean"),
+        (["--epochs", "3"], "--epochs: got 3; the run in whole began with 2"),
+        (["--data", "other.jsonl"], "--data: got other.jsonl; the run in whole began with"),
+    ],
+)
+def test_a_run_goes_on_as_it_began_or_not_at_all(whole: Path, capsys, arguments: list[str], words: str):
+    before = content(whole)
+    status, _, err = train(capsys, "--resume", "--out", "whole", *arguments)
+    assert status == 2
+    assert err.startswith(words)
+    assert content(whole) == before
+
+
+def test_the_same_may_be_said_again(whole: Path, capsys):
+    before = content(whole)
+    assert train(capsys, "--resume", "--data", "mine.jsonl", *SHORT, "--out", "whole")[0] == 0
+    assert content(whole) == before  # the report too was written again, and is the same
+
+
+def test_changed_data_and_damaged_settings_are_noticed(whole: Path, capsys):
+    with Path("mine.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "response": "b"}\n')
+    status, _, err = train(capsys, "--resume", "--out", "whole")
+    assert status == 2
+    assert err.startswith("--data: got ")
+    assert "which has changed" in err
+    for text in ("", "[]", "{}", '{"data": null'):
+        (whole / SETTINGS).write_text(text)
+        status, _, err = train(capsys, "--resume", "--out", "whole")
+        assert status == 2
+        assert "got a damaged file; expected the settings of a run" in err
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(whole: Path, folder: Path, capsys):
+    newest = max((whole / CHECKPOINTS).iterdir())
+    before = (whole / METRICS).read_bytes(), (whole / "model.pt").read_bytes()
+    newest.write_bytes(newest.read_bytes()[:-7])
+    status, _, err = train(capsys, "--resume", "--out", "whole")
+    assert status == 0
+    assert "is damaged; taking the one before" in err
+    assert ((whole / METRICS).read_bytes(), (whole / "model.pt").read_bytes()) == before
+    for path in (whole / CHECKPOINTS).iterdir():
+        path.write_bytes(b"")
+    status, _, err = train(capsys, "--resume", "--out", "whole")
+    assert status == 2
+    assert "all of them damaged" in err
+
+
+def test_infinity_is_remembered(folder: Path, capsys):
+    assert train(capsys, "--max-norm", "inf")[0] == 0
+    json.loads((folder / "run" / SETTINGS).read_text(), parse_constant=pytest.fail)
+    assert train(capsys, "--resume", "--max-norm", "inf")[0] == 0
+
+
+def test_other_threads_are_told(whole: Path, capsys):
+    _, _, err = train(capsys, "--resume", "--out", "whole", "--threads", 2)
+    assert err == "Not bit for bit as if it had never stopped: the number of threads was 1 and is 2.\n"
+    assert torch.get_num_threads() == 1
+
+
+# --- however it ends ---
+
+
+def test_an_interrupt_keeps_everything_and_says_how_to_go_on(whole: Path, folder: Path, capsys):
+    process = command("--data", "mine.jsonl", *SHORT, "--epochs", "400", "--out", "long run")
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (130, "")
+    assert "Stopped after optimizer step" in out
+    step = int(re.search(r"Stopped after optimizer step ([\d,]+) of", out)[1].replace(",", ""))
+    assert [line["step"] for line in read_metrics(folder / "long run" / METRICS)] == list(range(1, step + 1))
+    assert "Stopped after" in (folder / "long run" / "report.html").read_text(encoding="utf-8")
+    assert not (folder / "long run" / "model.pt").exists()
+    advice = shlex.split(re.search(r"Go on with: (.*)", out)[1])
+    assert advice == ["sft-edu", "train", "--resume", "--out", "long run"]
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 7, 16])
+def test_a_run_that_was_interrupted_goes_on_bit_for_bit(
+    whole: Path, folder: Path, capsys, monkeypatch, microbatch: int
+):
+    calls, real = iter(range(1000)), Training.run_microbatch
+
+    def interrupted(training):
+        if next(calls) == microbatch:
+            signal.raise_signal(signal.SIGINT)
+        return real(training)
+
+    monkeypatch.setattr(Training, "run_microbatch", interrupted)
+    status, _, err = train(capsys)
+    assert (status, err) == (130, "")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert train(capsys, "--resume")[0] == 0
+    assert same_run(folder / "run", whole)
+
+
+def test_a_second_interrupt_stops_at_once(folder: Path, capsys, monkeypatch):
+    def interrupted(training):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Training, "run_microbatch", interrupted)
+    status, _, err = train(capsys)
+    assert (status, err) == (130, "Stopped at once. What was saved before is in run.\n")
+
+
+def fails_at_call(monkeypatch, number: int, error: Exception) -> None:
+    """The model's forward pass raises at its n-th call in training mode."""
+    calls, real = iter(range(10_000)), TinyLM.forward
+
+    def forward(model, *arguments):
+        if next(calls) == number:
+            raise error
+        return real(model, *arguments)
+
+    monkeypatch.setattr(TinyLM, "forward", forward)
+
+
+def test_too_little_memory_is_told_with_what_to_try(folder: Path, capsys, monkeypatch):
+    real = Training._accumulate
+
+    def accumulate(training, *arguments):
+        if training.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(training, *arguments)
+
+    monkeypatch.setattr(Training, "_accumulate", accumulate)
+    status, _, err = train(capsys)
+    assert status == 1
+    assert err.startswith("Failed at optimizer step 5 of 10. --microbatch-size: 4 sequences of up to ")
+    assert "Try --microbatch-size 2 with --gradient-accumulation-steps 4" in err
+    assert "Failed at optimizer step 5" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+    assert load_checkpoint(folder / "run" / CHECKPOINTS)["step"] == 3
+
+
+def test_a_model_that_does_not_fit_is_told(folder: Path, capsys, monkeypatch):
+    def to(model, *arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TinyLM, "to", to)
+    status, _, err = train(capsys)
+    assert (status, err) == (2, "The model does not fit into memory; take a smaller one or another --device.\n")
+
+
+def test_a_run_that_diverges_is_told(folder: Path, capsys):
+    status, _, err = train(capsys, "--learning-rate", "1e30", "--max-norm", "inf", "--warmup-steps", 0)
+    assert status == 1
+    assert re.match(r"Failed at optimizer step \d+ of 10\. ", err)
+    assert "A lower --learning-rate" in err
+    assert (folder / "run" / "report.html").exists()
+    for line in (folder / "run" / METRICS).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_any_other_error_is_not_hidden(capsys, monkeypatch):
+    fails_at_call(monkeypatch, 12, RuntimeError("a mistake of ours"))
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        train(capsys)
+
+
+class Disk:
+    """A disk on which the n-th write fails, and every one after it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, kind: int) -> None:
+        self.writes, self.number, real = 0, number, Path.open
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, data):
+                disk.writes += 1
+                if disk.writes >= disk.number:
+                    super().write(memoryview(data)[: len(data) // 2])  # as far as there was room
+                    raise OSError(kind, os.strerror(kind), self.name)
+                return super().write(data)
+
+        def opened(path, mode="r", *arguments, encoding=None, **options):
+            if not {"w", "a"} & set(mode):
+                return real(path, mode, *arguments, encoding=encoding, **options)
+            file = File(path, mode.replace("b", "") + "b")
+            return file if "b" in mode else io.TextIOWrapper(io.BufferedWriter(file), encoding=encoding)
+
+        monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fails_at_any_write_loses_nothing(whole: Path, folder: Path, capsys, kind: int):
+    number, ended = 0, False
+    while not ended:
+        number += 1
+        run = folder / f"run-{number}"
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, number, kind)
+            status, _, err = train(capsys, "--out", run)
+            ended = disk.writes < number
+        if ended:
+            break
+        # A run that could not even leave its settings has not begun.
+        assert status == (2 if number <= 2 else 1), (number, err)
+        assert os.strerror(kind) in err
+        assert "Traceback" not in err
+        arguments = ["--resume"] if (run / SETTINGS).exists() else []
+        assert train(capsys, *arguments, "--out", run)[0] == 0, number
+        assert same_run(run, whole), number
+    assert status == 0
+    assert number > 15
+
+
+def test_a_real_limit_on_the_size_of_files_loses_nothing(whole: Path, folder: Path, capsys):
+    """The kernel itself refuses the checkpoint, of about 3.6 MB."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    process = command("--data", "mine.jsonl", *SHORT, "--out", "run", preexec_fn=limit)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1, err
+    assert "File too large" in err
+    assert "Traceback" not in err
+    assert train(capsys, "--resume", "--out", "run")[0] == 0
+    assert same_run(folder / "run", whole)
+
+
+KILLER = """
+import os, signal, sys, time, torch
+torch.set_num_threads(1)
+import sft_edu.report_page, tqdm, filelock
+from sft_edu.cli import main
+for line in sys.stdin:
+    seconds, *arguments = line.split()
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main(["train", *arguments]))
+    if float(seconds):
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.timeout(600)
+def test_the_whole_command_survives_kills(whole: Path, folder: Path):
+    chance, killed = random.Random(0), 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen([sys.executable, "-c", KILLER], **pipes) as server:
+
+        def attempt(run: Path, seconds: float = 0) -> int:
+            arguments = ["--resume"] if (run / SETTINGS).exists() else ["--data", "mine.jsonl", *SHORT]
+            server.stdin.write(" ".join([str(seconds), *arguments, "--out", run.name]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        start = time.perf_counter()
+        assert attempt(folder / "timed") == 0
+        seconds, number = time.perf_counter() - start, 0
+        while killed < 20:
+            number += 1
+            run = folder / f"run-{number}"
+            for _ in range(2):
+                killed += attempt(run, chance.uniform(0.05, seconds)) == -signal.SIGKILL
+            assert attempt(run) == 0
+            assert same_run(run, whole)
+            assert "Finished after" in (run / "report.html").read_text(encoding="utf-8")
+        server.stdin.close()
+
+
+def test_lines_of_metrics_are_json(whole: Path):
+    for line in (whole / METRICS).read_text(encoding="utf-8").splitlines():
+        assert as_json(json.loads(line, parse_constant=pytest.fail)) == line
+
+
+def test_the_defaults_are_those_of_the_config(whole: Path):
+    settings = json.loads((whole / SETTINGS).read_text())
+    config = TrainConfig()
+    for name in ("rule", "normalize_constant", "optimizer", "weight_decay", "max_norm", "seed"):
+        assert settings[name] == getattr(config, name)
