@@ -8,8 +8,9 @@ ranks, whether W divides G or not.
 from __future__ import annotations
 
 import contextlib
+import io
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sft_edu.encode import Encoded
 from sft_edu.global_state import random_state_kept
 from sft_edu.log_probs import get_response_log_probs
-from sft_edu.one_process import METRIC_SUMS, OneProcess
+from sft_edu.one_process import METRIC_SUMS, OneProcess, T
 
 
 class Ranks(OneProcess):
@@ -77,6 +78,18 @@ class Ranks(OneProcess):
             raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in texts if failed[rank])) from error
         return dict(zip(METRIC_SUMS, totals, strict=True))
 
+    def first(self, work: Callable[[], T]) -> T:
+        content = [b""]
+        if self.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(_outcome(work), buffer)  # pickle alone cannot read all tensors that it wrote
+            content = [buffer.getvalue()]
+        dist.broadcast_object_list(content)
+        value, error = torch.load(io.BytesIO(content[0]), weights_only=False)
+        if error is not None:
+            raise error
+        return value
+
     def any(self, flag: bool) -> bool:
         return self.count(int(flag)) > 0
 
@@ -116,6 +129,13 @@ def rehearse(wrapped: nn.Module) -> None:
         scored = get_response_log_probs(wrapped, ids, ids, response_mask=torch.zeros_like(ids))
         scored["log_probs"].sum().backward()
     wrapped.zero_grad()
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def _checksum(examples: Sequence[Encoded]) -> int:

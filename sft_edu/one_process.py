@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from sft_edu.encode import Encoded
 
+T = TypeVar("T")
 METRIC_SUMS = ("log_prob", "entropy", "masked_sum", "num_tokens")
 """What `Training` adds up over the microbatches of an optimizer step."""
 
@@ -60,6 +62,10 @@ class OneProcess:
         if error is not None:
             raise error
         return {name: float(value) for name, value in sums.items()}
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises on the first process, on all of them. It is not called on the others."""
+        return work()
 
     def any(self, flag: bool) -> bool:
         """Whether a process says so."""
