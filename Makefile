@@ -23,9 +23,10 @@ lab: $(VENV)/lab.stamp ## open the lessons in JupyterLab
 test: $(VENV)/test.stamp ## run every test: library, lessons, browser
 	@$(BIN)/python -m pytest
 
-lint: $(VENV)/test.stamp ## check style and common mistakes
+lint: $(VENV)/test.stamp ## check style, common mistakes and types
 	@$(BIN)/python -m ruff check
 	@$(BIN)/python -m ruff format --check
+	@$(BIN)/python -m mypy
 
 format: $(VENV)/test.stamp ## format the code and mend what ruff can mend
 	@$(BIN)/python -m ruff check --fix
@@ -40,7 +41,7 @@ bench: $(VENV)/test.stamp ## run every benchmark
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove the environment and all that tools leave behind
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +
 

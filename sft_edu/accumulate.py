@@ -75,7 +75,7 @@ def split_minibatch(
     num_sequences = _num_sequences(batch)
     if (gradient_accumulation_steps is None) == (sizes is None):
         raise TypeError("gradient_accumulation_steps and sizes: got both or neither; expected one of them")
-    sizes = _equal_sizes(num_sequences, gradient_accumulation_steps) if sizes is None else list(sizes)
+    sizes = _equal_sizes(num_sequences, gradient_accumulation_steps) if sizes is None else list(sizes)  # type: ignore[arg-type]
     if not all(type(size) is int and size >= 1 for size in sizes) or sum(sizes) != num_sequences:
         raise ValueError(f"sizes: got {sizes}; expected integers of at least 1 that add up to {num_sequences}")
     parts = [tensor.split(sizes) for tensor in batch.values()]
@@ -163,7 +163,11 @@ def full_batch_gradient(model: nn.Module, batch: Batch, *, objective: str = "tok
     parameters = _parameters(model)
     [batch] = _on_device([batch], parameters[0].device)
     is_response = batch["response_mask"] != 0
-    divisors = {"token_mean": is_response.sum().clamp(min=1), "sequence_mean": len(is_response), "sum": 1}
+    divisors: dict[str, torch.Tensor | int] = {
+        "token_mean": is_response.sum().clamp(min=1),
+        "sequence_mean": len(is_response),
+        "sum": 1,
+    }
     if objective not in divisors:
         raise ValueError(f"objective: got {objective!r}; expected one of {', '.join(divisors)}")
     output = model(batch["input_ids"])

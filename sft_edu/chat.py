@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft_edu.examples import Conversation, Example, FieldError, Message
 
@@ -33,7 +33,7 @@ class PlainText:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
 
     def __call__(self, example: Example | Conversation) -> Tokens:
         tokens = Tokens([], [])
@@ -74,17 +74,18 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.special = special_tokens(tokenizer)
         # Without a fast tokenizer nothing tells which characters a token stands for.
         self.knows_answers = getattr(tokenizer, "is_fast", False) and bool(
-            re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
+            re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())  # type: ignore[attr-defined]
         )
 
     def __call__(self, example: Example | Conversation) -> Tokens:
-        conversation = example
         if isinstance(example, Example):
             conversation = Conversation((Message("user", example.prompt), Message("assistant", example.response)))
+        else:
+            conversation = example
         for index in conversation.answers:
             if not self._ids(conversation.messages[index].content):
                 field = "response" if isinstance(example, Example) else f"messages[{index}].content"
@@ -170,7 +171,7 @@ class ChatTemplate:
     def _ids(self, text: str) -> list[int]:
         return _token_ids(text, self.tokenizer)
 
-    def _render(self, messages: tuple[Message, ...], *, tokenize: bool = False, **options: bool):
+    def _render(self, messages: tuple[Message, ...], *, tokenize: bool = False, **options: bool) -> Any:
         turns = [message._asdict() for message in messages]
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=tokenize, **options)

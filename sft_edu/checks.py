@@ -116,8 +116,8 @@ def check_minibatch_tokens(
 
 def check_gradient_range(rule: Rule, counts: Counts, dtype: torch.dtype) -> None:
     """Refuse a denominator so large or so small that the gradient 1/D is 0 or infinite in `dtype`."""
-    known = {symbol: count for symbol, count in counts.items() if not isinstance(count, torch.Tensor)}
-    gradient = 1.0 / rule.denominator({"n": 1, "N": 1} | known)  # 1 is the least a token count can be
+    known: Counts = {symbol: count for symbol, count in counts.items() if not isinstance(count, torch.Tensor)}
+    gradient = 1.0 / rule.denominator({"n": 1, "N": 1, **known})  # 1 is the least a token count can be
     limits = torch.finfo(dtype)
     if not limits.smallest_normal * limits.eps <= gradient <= limits.max:
         arguments = {"c": "normalize_constant", "G": "gradient_accumulation_steps", "N": "minibatch_tokens"}
@@ -171,7 +171,13 @@ def value_flags(
     return flags
 
 
-def report(flags: int, where: str = "", mask=None, selected=None, stacklevel: int = 2) -> None:
+def report(
+    flags: int,
+    where: str = "",
+    mask: torch.Tensor | None = None,
+    selected: torch.Tensor | None = None,
+    stacklevel: int = 2,
+) -> None:
     """Raise for bad values and warn for positive log-probs. Given the tensors, name the first bad element."""
     if flags & BAD_MASK:
         found = _first(mask, _not_binary) or "values other than 0 and 1"
@@ -224,10 +230,10 @@ def _not_binary(mask: torch.Tensor) -> torch.Tensor:
 def _first(tensor: torch.Tensor | None, is_bad: Callable[[torch.Tensor], torch.Tensor]) -> str:
     """The first bad element and its place, or nothing."""
     places = [] if tensor is None else is_bad(tensor).nonzero().tolist()
-    return f"{tensor[tuple(places[0])].item():.6g} at {places[0]}" if places else ""
+    return f"{tensor[tuple(places[0])].item():.6g} at {places[0]}" if tensor is not None and places else ""
 
 
-def _count(name: str, value: int, meaning: str) -> int:
+def _count(name: str, value: int | torch.Tensor, meaning: str) -> int:
     is_bool = isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
     try:
         count = None if is_bool else operator.index(value)

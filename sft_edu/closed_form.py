@@ -33,7 +33,7 @@ def denominator(
         minibatch_tokens: N, needed by `token_mean`.
 
     Raises:
-        ValueError: no rule has that name.
+        ValueError: no rule has that name, or it needs N.
     """
     steps, constant = gradient_accumulation_steps, normalize_constant
     match rule:
@@ -46,6 +46,8 @@ def denominator(
         case "microbatch_token_mean":
             return max(int(response_mask.bool().sum()), 1) * steps
         case "token_mean":
+            if minibatch_tokens is None:
+                raise ValueError("minibatch_tokens: got None; expected N, which rule 'token_mean' divides by")
             return minibatch_tokens
     raise ValueError(f"rule: got {rule!r}; expected the name of a rule")
 

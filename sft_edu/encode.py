@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
@@ -43,7 +43,13 @@ class EncodedExamples(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Encoded, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | tuple[Encoded, ...]:
         return self.sequences[index]
 
     def __str__(self) -> str:
@@ -134,7 +140,10 @@ def _check_arguments(examples: object, tokenizer: object, max_length: object) ->
 
 
 def _tokens(example: Example | Conversation, tokens_of: PlainText | ChatTemplate) -> Tokens:
-    (check_example if isinstance(example, Example) else check_conversation)(example)
+    if isinstance(example, Example):
+        check_example(example)
+    else:
+        check_conversation(example)
     tokens = tokens_of(example)
     if tokens.answers[0][0] < 1:
         raise FieldError("", "a response without a token before it", "one to predict it from")

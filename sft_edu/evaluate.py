@@ -86,8 +86,9 @@ class Evaluation:
         batch_size: int = 64,
     ) -> None:
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        is_encoded = isinstance(examples, EncodedExamples)
-        self.examples = examples if is_encoded else encode(examples, tokenizer, max_length, chat_template=chat_template)
+        if not isinstance(examples, EncodedExamples):
+            examples = encode(examples, tokenizer, max_length, chat_template=chat_template)
+        self.examples = examples
         """The held-out examples as tokens; printed, they say what was cut."""
         self._asked = [_split(sequence) for sequence in self.examples[:num_answers]]
         self._longest = min(longest_answer, max((len(expected) for _, expected in self._asked), default=0))
@@ -134,7 +135,8 @@ class Evaluation:
 
     def _ends(self) -> set[int]:
         """What ends an answer: eos, and the special tokens that a chat template ends it with."""
-        return {self.tokenizer.eos_token_id} - {None} | {expected[-1] for _, expected in self._asked} & self._special
+        ends = {expected[-1] for _, expected in self._asked} & self._special
+        return ends if self.tokenizer.eos_token_id is None else ends | {self.tokenizer.eos_token_id}
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([token for token in ids if token not in self._special])

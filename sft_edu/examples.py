@@ -140,7 +140,7 @@ def describe(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    kinds = {str: "text", (int, float): "a number", (list, tuple): "a list", dict: "an object"}
+    kinds = {str: "text", int: "a number", float: "a number", list: "a list", tuple: "a list", dict: "an object"}
     return next((words for kind, words in kinds.items() if isinstance(value, kind)), type(value).__name__)
 
 

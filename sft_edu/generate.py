@@ -70,17 +70,21 @@ def greedy(
         ]
 
 
-def _greedy(model: nn.Module, prompts, max_new_tokens: int, eos: set[int], pad: int, context_length) -> list[list[int]]:
+def _greedy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos: set[int],
+    pad: int,
+    context_length: int | None,
+) -> list[list[int]]:
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.full((len(prompts), int(lengths.max()) + max_new_tokens), pad, device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    rows, ends, eos = (
-        torch.arange(len(prompts), device=device),
-        lengths.clone(),
-        torch.tensor(sorted(eos), device=device),
-    )
+    rows, ends = torch.arange(len(prompts), device=device), lengths.clone()
+    stops = torch.tensor(sorted(eos), device=device)
     longest = tokens.shape[1] if context_length is None else context_length
     unfinished = lengths <= longest
     for _ in range(max_new_tokens):
@@ -91,7 +95,7 @@ def _greedy(model: nn.Module, prompts, max_new_tokens: int, eos: set[int], pad: 
         new = logits[rows[unfinished], ends[unfinished] - 1].argmax(-1)
         tokens[rows[unfinished], ends[unfinished]] = new
         ends += unfinished
-        unfinished[unfinished.clone()] = ~torch.isin(new, eos)
+        unfinished[unfinished.clone()] = ~torch.isin(new, stops)
         unfinished &= ends <= longest
     spans = zip(tokens.tolist(), lengths.tolist(), ends.tolist(), strict=True)
     return [row[start:end] for row, start, end in spans]

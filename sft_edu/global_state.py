@@ -24,12 +24,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import overrides
 from torch.utils import _device, _python_dispatch
 
-Setting = tuple[Callable[[], object], Callable[[object], object]]
+Setting = tuple[Callable[[], Any], Callable[[Any], object]]
 
 
 def _attribute(owner: object, name: str) -> Setting:
@@ -40,19 +41,19 @@ def _contents(owner: object, name: str) -> Setting:
     """A list by its items; afterwards the attribute is the very list that it was."""
     kept = getattr(owner, name)
 
-    def put(items: object) -> None:
+    def put(items: list[object]) -> None:
         kept[:] = items
         setattr(owner, name, kept)
 
     return lambda: list(getattr(owner, name)), put
 
 
-def _put_environment(found: object) -> None:
+def _put_environment(found: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(found)
 
 
-def _put_handlers(found: object) -> None:
+def _put_handlers(found: list[Any]) -> None:
     if threading.current_thread() is threading.main_thread():  # elsewhere nothing could have changed them
         for number, handler in zip(_SIGNALS, found, strict=True):
             signal.signal(number, handler)
@@ -123,7 +124,7 @@ def plain_settings() -> Iterator[None]:
 
     Inside, gradients are recorded, autocast and anomaly detection are off, the default dtype is float32 and the default
     device the CPU. There is one thread: for the small inputs here a second one costs more than it brings. Warnings are
-    ignored, and what is printed goes nowhere.
+    ignored, what is printed goes nowhere, and nothing can be typed in: `breakpoint()` raises instead of waiting.
     """
     with ExitStack() as stack:
         lists = (_contents(sys, "path"), _contents(logging.root, "handlers"))
@@ -139,6 +140,7 @@ def plain_settings() -> Iterator[None]:
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: PTH123
         stack.enter_context(redirect_stdout(nowhere))
         stack.enter_context(redirect_stderr(nowhere))
+        sys.stdin = stack.enter_context(open(os.devnull, encoding="utf-8"))  # noqa: PTH123
         warnings.simplefilter("ignore")
         torch.set_default_dtype(torch.float32)
         if torch.get_num_threads() != 1:

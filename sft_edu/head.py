@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,7 +42,7 @@ def logits_at(
     Returns:
         The logits, and whether they are those at `rows`, `[1, n, V]`; else they are what the model gives.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     head = None if len(rows) == input_ids.numel() else _head(inner)
     if head is None or not _can_cut(inner, head, input_ids):
         return _logits(model(input_ids)), False
@@ -50,17 +51,18 @@ def logits_at(
     return logits, bool(calls)
 
 
-def _logits(output: object) -> object:
+def _logits(output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-def _head(model: object) -> nn.Module | None:
+def _head(model: Any) -> nn.Module | None:
     is_compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
     if not isinstance(model, nn.Module) or is_compiled:  # a compiled model may not see a hook that comes later
         return None
     with suppress(AttributeError, NotImplementedError):
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings()  # type: ignore[operator]
         return head if isinstance(head, nn.Module) else None
+    return None
 
 
 def _can_cut(model: nn.Module, head: nn.Module, input_ids: torch.Tensor) -> bool:
@@ -96,9 +98,10 @@ def _gives_the_same(model: nn.Module, head: nn.Module, input_ids: torch.Tensor) 
 @contextmanager
 def _cut(head: nn.Module, shape: torch.Size, rows: torch.Tensor) -> Iterator[list[bool]]:
     """Inside, the head is given `rows` alone. The list has an entry for each time."""
-    thread, calls = threading.get_ident(), []
+    thread = threading.get_ident()
+    calls: list[bool] = []
 
-    def select(_: nn.Module, arguments: tuple[object, ...]) -> torch.Tensor | None:
+    def select(_: nn.Module, arguments: tuple[Any, ...]) -> torch.Tensor | None:
         # Another thread may run the same model.
         if threading.get_ident() != thread or not arguments or arguments[0].shape[:-1] != shape:
             return None

@@ -104,9 +104,11 @@ def _parse(line: bytes) -> object:
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        seen = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise FieldError("", f"the field {short(twice)} twice in one object", "each field once")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise FieldError("", f"the field {short(name)} twice in one object", "each field once")
+            seen.add(name)
     return fields
 
 
@@ -125,7 +127,7 @@ def _example(fields: object) -> Example | Conversation:
     if len(answers) > 1:
         raise FieldError(answers[1], f"it beside {answers[0]!r}", "one of them")
     if not answers and "prompt" not in fields:
-        raise FieldError("", _names(fields), f"the fields {_FORMS}")
+        raise FieldError("", _names(list(fields)), f"the fields {_FORMS}")
     if not answers:
         raise FieldError("response", "no such field", "what the prompt is to be answered with")
     if answers == ["messages"]:
@@ -135,8 +137,9 @@ def _example(fields: object) -> Example | Conversation:
     given = {name: fields[name] for name in ("prompt", *answers)}
     if any(isinstance(value, list) for value in given.values()):
         return _conversation(given, num_given=len(given["prompt"]) if isinstance(given["prompt"], list) else 0)
-    example = Example(*given.values())
-    check_example(example, tuple(given))
+    prompt, response = given
+    example = Example(given[prompt], given[response])
+    check_example(example, (prompt, response))
     return example
 
 

@@ -85,7 +85,7 @@ def _load_file(path: Path) -> ModuleType:
         raise TargetError(f"{path}: there is no such file")
     sys.path.insert(0, str(path.resolve().parent))
     loader = SourceFileLoader(_MODULE_NAME, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(_MODULE_NAME, loader))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(_MODULE_NAME, loader))  # type: ignore[arg-type]
     module.__file__ = str(path)
     sys.modules[_MODULE_NAME] = module  # dataclasses and pickle look there
     try:
@@ -137,7 +137,8 @@ def _what_it_has(module: ModuleType) -> str:
 def _own_traceback(error: BaseException) -> str:
     """The traceback without the frames of this package, of Python and of installed packages."""
     report = traceback.TracebackException.from_exception(error)
-    waiting, seen = [report], set()
+    waiting: list[traceback.TracebackException | None] = [report]
+    seen: set[int] = set()
     while waiting:
         one = waiting.pop()
         if one is not None and id(one) not in seen:
@@ -149,4 +150,4 @@ def _own_traceback(error: BaseException) -> str:
 
 def _is_own(filename: str) -> bool:
     others = [Path(__file__).parent, *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))]
-    return not filename.startswith("<frozen") and not any(Path(filename).is_relative_to(other) for other in others)
+    return not filename.startswith("<frozen") and not any(Path(filename).is_relative_to(str(other)) for other in others)

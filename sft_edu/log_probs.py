@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -82,7 +83,13 @@ def get_response_log_probs(
     return result
 
 
-def _under_mask(model, input_ids, labels, return_token_entropy, response_mask) -> dict[str, torch.Tensor]:
+def _under_mask(
+    model: Callable[[torch.Tensor], object],
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    return_token_entropy: bool,
+    response_mask: torch.Tensor,
+) -> dict[str, torch.Tensor]:
     rows = response_mask.flatten().nonzero().squeeze(-1).to(labels.device)
     logits, only_rows = logits_at(model, input_ids, rows)
     if not only_rows:
@@ -106,7 +113,9 @@ class _SelectedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, return_token_entropy):
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, return_token_entropy: bool
+    ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(logits, labels)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         log_probs, *entropy = (
@@ -121,7 +130,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         return log_probs, *entropy
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, labels = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated itself (create_graph)
             given, probabilities = gradient.unsqueeze(-1), logits.softmax(-1, dtype=gradient.dtype)
@@ -153,7 +162,7 @@ def _entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
 
 
-def _check_ids(input_ids: object, labels: object) -> None:
+def _check_ids(input_ids: torch.Tensor, labels: torch.Tensor) -> None:
     for name, ids in (("input_ids", input_ids), ("labels", labels)):
         if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: got {getattr(ids, 'dtype', type(ids).__name__)}; expected an int64 tensor [B, T]")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -139,7 +140,7 @@ class _Chain:
 class _Cells:
     """A B x T grid of numbers, with the token above each number."""
 
-    def __init__(self, axes: Axes, roles: Sequence[Sequence[str]], tokens, title: str) -> None:
+    def __init__(self, axes: Axes, roles: Sequence[Sequence[str]], tokens: Any, title: str) -> None:
         rows, columns = len(roles), len(roles[0])
         width, height = axes.figure.get_size_inches() * axes.get_position().size
         margin = 0.3 / (width - 0.3) * columns  # room for the row numbers
@@ -166,7 +167,7 @@ class _Cells:
                 below = row + (0.7 if tokens else 0.5)
                 self._numbers.append(axes.text(column + 0.5, below, "", fontsize=size, **_CENTRED))
 
-    def update(self, values: Matrix, mask: Matrix, colour=None) -> None:
+    def update(self, values: Matrix, mask: Matrix, colour: Any = None) -> None:
         flat_values = [value for row in values for value in row]
         flat_mask = [bool(value) for row in mask for value in row]
         flat_roles = [role for row in self._roles for role in row]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -140,7 +140,7 @@ def _checked_name(name_or_path: str | os.PathLike) -> str:
     return name
 
 
-def _load(what: str, name: str, from_pretrained: Callable, **options: object):
+def _load(what: str, name: str, from_pretrained: Callable, **options: object) -> Any:
     # By default whoever sits at the terminal is asked whether code that comes along may run.
     options["trust_remote_code"] = False
     if not Path(name).is_dir():

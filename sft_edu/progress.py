@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -104,7 +104,7 @@ def remembered(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
     """A check of an exercise whose verdicts are counted; "not started" is none."""
 
     @functools.wraps(check)
-    def run(*arguments, **keywords) -> Verdict:
+    def run(*arguments: Any, **keywords: Any) -> Verdict:
         verdict = check(*arguments, **keywords)
         if verdict.mistake != "not-started":
             current().tried(check.__name__, verdict.passed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sft_edu import checks
@@ -102,7 +104,7 @@ def sft_microbatch_train_step(
     checks.check_log_probs(policy_log_probs)
     checks.check_tap(tap)
     scaling, dtype = checks.check_rule(rule), _sum_dtype(policy_log_probs)
-    counts = {
+    counts: dict[str, Any] = {
         "1": 1,
         "c": checks.check_constant(normalize_constant, dtype),
         "B": len(policy_log_probs),
@@ -137,7 +139,9 @@ def sft_microbatch_train_step(
     return tap("returned_loss", scaled_loss.detach()), metadata
 
 
-def _backward(scaled_loss, flags, response_mask, selected):
+def _backward(
+    scaled_loss: torch.Tensor, flags: torch.Tensor, response_mask: torch.Tensor, selected: torch.Tensor
+) -> None:
     """Raise for bad values before backward or, where nothing may be read, let them contribute exactly 0."""
     if checks.values_are_read(flags.device):
         checks.report(int(flags), mask=response_mask, selected=selected, stacklevel=3)

@@ -40,7 +40,7 @@ def make_examples(num_examples: int, *, seed: int = 0, split: Literal["train", "
     if split not in ("train", "test"):
         raise ValueError(f"split: got {split!r}; expected 'train' or 'test'")
     random_choice = random.Random(f"{seed} {split}")
-    examples = []
+    examples: list[Example] = []
     while len(examples) < num_examples:
         letters = random_choice.choices(string.ascii_lowercase, k=random_choice.randint(SHORTEST, LONGEST))
         word, task = "".join(letters), random_choice.choice(list(TASKS))

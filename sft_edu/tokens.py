@@ -13,8 +13,11 @@ from sft_edu.encode import Encoded, collate, padding_token
 class Tokenizer(Protocol):
     """What this package asks of a tokenizer. Every Hugging Face tokenizer satisfies it, and so does `ByteTokenizer`."""
 
-    pad_token_id: int | None
-    eos_token_id: int | None
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -81,13 +84,13 @@ def tokenize_prompt_and_output(
             f"prompts and outputs: got {len(prompts)} and {len(outputs)} strings; expected one output for each prompt, "
             "at least one"
         )
-    if append_eos and tokenizer.eos_token_id is None:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if append_eos and not end:
         raise ValueError("append_eos: got True; expected False, because the tokenizer has no eos token")
-    end = [tokenizer.eos_token_id] if append_eos else []
     pairs = [
         (
             tokenizer.encode(prompt, add_special_tokens=False),
-            tokenizer.encode(output, add_special_tokens=False) + end,
+            tokenizer.encode(output, add_special_tokens=False) + (end if append_eos else []),
         )
         for prompt, output in zip(prompts, outputs, strict=True)
     ]

@@ -99,7 +99,7 @@ def _left_in(model: TinyLM, before: Sequence[torch.Tensor]) -> tuple[torch.Tenso
 def _record(model: TinyLM, events: list[str]) -> None:
     """Let the list grow as the learner's code runs the model."""
 
-    def after_forward(module, inputs, logits):
+    def after_forward(module: object, inputs: object, logits: torch.Tensor) -> None:
         events.append("forward")
         if logits.requires_grad:
             logits.register_hook(lambda gradient: events.append("backward"))

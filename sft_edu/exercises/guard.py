@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,7 +40,7 @@ def judged(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
     """A check whose first argument is a function of the learner's, and which raises nothing but KeyboardInterrupt."""
 
     @functools.wraps(check)
-    def run(answer, *arguments, **keywords):
+    def run(answer: Any, *arguments: Any, **keywords: Any) -> Verdict:
         if answer is ...:
             return NOT_STARTED
         if not callable(answer):
@@ -54,7 +54,7 @@ def judged(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
     return run
 
 
-def call(function: Callable, *arguments, quiet: bool = False, **keywords) -> object:
+def call(function: Callable, *arguments: Any, quiet: bool = False, **keywords: Any) -> Any:
     """What the learner's function returns. Ends the check if it raises or is not started.
 
     What it prints is shown, or hidden where `quiet`: the first call is enough to look at.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def numbers(value: torch.Tensor | float | list) -> str:
     return compact(value)
 
 
-def close(one, other, tolerance: float = 1e-5, absolute: float = 1e-9) -> bool:
+def close(one: Any, other: Any, tolerance: float = 1e-5, absolute: float = 1e-9) -> bool:
     """Whether numbers agree, relative to the second. Different shapes do not agree, nor does NaN with anything."""
     one, other = (torch.as_tensor(value, dtype=torch.float64) for value in (one, other))
     return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=absolute)
