@@ -26,7 +26,7 @@ SETUP = "from sft_edu.widgets import AccumulationLab, MaskLab, OptimizerLab, Ran
 # The small text beside a bar, from the cells of its line in the table.
 BESIDE_BAR = {
     "scaling": lambda formula, length, cosine, *_: f"D = {formula}, cosine {cosine} {length}",
-    "optimizer": lambda length, formula, cosine, *_: f"formula {formula}, cosine {cosine} {length}",
+    "optimizer": lambda length, formula, cosine, *_: f"predicted {formula}, cosine {cosine} {length}",
 }
 CHIP = re.compile(
     r"sequence (\d+), token (\d+): .+, (?:prompt|response|eos|padding), mask ([01]), gradient (\S+), log p (\S+)"
@@ -62,7 +62,7 @@ class Labs:
         output = self.output(name)
         expect(output.get_by_label("state")).to_have_value(state)
         expect(output.locator(".sft-edu-words").first).to_have_text(words)
-        expect(output.locator(".sft-edu-live").first).to_have_text(words)
+        expect(output.locator(".sft-edu-words + .sft-edu-live").first).to_have_text(words)
         flat = " ".join(text.split())
         if name in ("mask", "step"):
             self._agree_on_the_step(name, flat)
