@@ -259,11 +259,11 @@ LOOPS = {
     "raises later": (raises_the_second_time, None, None, "not the same twice", ("not-deterministic", "raises")),
     "not finite": (
         loop(lambda x, m, g, n, s: -(x.sqrt() * m).sum() / n),
-        *(None, None, "not measured", ("uneven-weights",)),
+        *(None, None, "not measured", ("not-finite",)),
     ),
     "not finite for one": (
         loop(lambda x, m, g, n, s: -(x * m).sum() / n + (0 * x.sqrt().sum() if len(x) == 1 else 0)),
-        *("token_mean", "token_mean", "N", ("uneven-weights", "nan-on-empty-mask")),
+        *("token_mean", "token_mean", "N", ("not-finite", "nan-on-empty-mask")),
     ),
     "adds a parameter": (adds_a_parameter, None, None, "not measured", ("changes-parameters",)),
     "raises for one": (raises_for_one_sequence, "token_mean", "token_mean", "N", ("raises",)),

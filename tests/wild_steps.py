@@ -509,9 +509,19 @@ def takes_a_logarithm_too_many(log_probs, mask, steps, constant=1.0):
     return finish(-(log_probs.log() * mask).sum() / constant / steps)
 
 
-@wild(None, UNEVEN, "uneven-weights")
+@wild(None, "not measured", "not-finite")
 def takes_a_square_root(log_probs, mask, steps, constant=1.0):
     return finish(-(log_probs.sqrt() * mask).sum() / constant / steps)  # NaN everywhere, under the mask or not
+
+
+@wild(None, "c·(G-1) (not a product)", "not-finite")
+def divides_by_the_steps_to_come(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / (steps - 1))
+
+
+@wild(None, "not measured: the gradient is rounded to bfloat16")
+def in_half_precision(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs.bfloat16() * mask).sum() / constant / steps)
 
 
 # --- Arguments without effect ---

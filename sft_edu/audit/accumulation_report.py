@@ -34,6 +34,7 @@ LOOP_PROBLEMS: Mapping[str, str] = MappingProxyType(
         "mask-ignored": "Prompt and padding are trained as if they were responses.",
         "prompt-tokens-trained": "Tokens outside the mask are trained: as far as they weigh, the model learns to write "
         "prompts or padding.",
+        "not-finite": "Infinite or NaN gradients turn the parameters into NaN at the next step of the optimizer.",
         "uneven-weights": "Tokens of one sequence do not count alike, so no denominator describes this loop.",
         "foreign-gradient": "Something else is in the gradient than log-probs of these tokens, such as weight decay, "
         "noise or an entropy, so no denominator describes this loop.",

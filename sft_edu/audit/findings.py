@@ -32,6 +32,8 @@ def arrived(outcome: Outcome) -> torch.Tensor | None:
 
 def no_gradient(outcome: Outcome) -> Iterator[Finding]:
     hint = " The returned loss still has its graph: call .backward() on it." if "loss" in outcome.attached else ""
+    if outcome.returned in ("generator", "coroutine"):
+        hint = f" It returns a {outcome.returned}: nothing of it ran."
     state = "stayed None" if outcome.gradient is None else "is all 0"
     yield "no-backward", f".grad of the log-probs {state}.{hint}"
 
@@ -44,6 +46,21 @@ def not_deterministic(outcomes: Sequence[Outcome]) -> Iterator[Finding]:
         yield "not-deterministic", f"The same arguments gave gradients that add up to {', '.join(sums)}."
     elif not all(_equal(loss, losses[0]) for loss in losses):
         yield "not-deterministic", f"The same arguments gave the losses {', '.join(map(_text, losses))}."
+
+
+def not_finite(case: Case, outcome: Outcome) -> Iterator[Finding]:
+    gradient = arrived(outcome)
+    if gradient is not None and not gradient.isfinite().all():
+        yield "not-finite", f"With {case} the gradient is not finite."
+
+
+def coarse_dtype(calls: Calls) -> str | None:
+    """The dtype of 16 bits that all gradients are rounded to, if they are; then their last digits mean nothing."""
+    gradients = [arrived(outcome) for _, outcome in calls if arrived(outcome) is not None]
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(gradient.to(dtype).double(), gradient) for gradient in gradients):
+            return str(dtype).removeprefix("torch.")
+    return None
 
 
 def missing_gradient(calls: Calls) -> Iterator[Finding]:

@@ -41,7 +41,7 @@ def during(run: Run, given: nn.Module, cleared: bool) -> Iterator[Finding]:
     if cleared:
         return
     if run.gradient is not None and not run.gradient.isfinite().all():
-        yield "uneven-weights", f"{where} the gradient is not finite."
+        yield "not-finite", f"{where} the gradient is not finite."
     if run.gradient is None and not run.error and "parameters" not in run.changed:
         used = any(parameter.grad is not None for parameter in given.parameters())
         other = " One is in the model outside: use the one that the loop is given." if used else ""

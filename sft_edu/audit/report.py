@@ -18,6 +18,7 @@ PROBLEMS: Mapping[str, str] = MappingProxyType(
         "mask-ignored": "Prompt and padding are trained as if they were responses.",
         "prompt-tokens-trained": "Tokens outside the mask are trained: as far as they weigh, the model learns to write "
         "prompts or padding.",
+        "not-finite": "Infinite or NaN gradients turn the parameters into NaN at the next step of the optimizer.",
         "uneven-weights": "Response tokens do not count alike, so no single denominator describes this step.",
         "padding-counted": "D counts padding: the same responses get a smaller gradient beside a longer one.",
         "constant-ignored": "normalize_constant has no effect, whatever value is given.",

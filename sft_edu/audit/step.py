@@ -20,6 +20,7 @@ from sft_edu.global_state import plain_settings, random_state_kept
 
 Call = tuple[Case, Outcome]
 
+_COARSE = "not measured: the gradient is rounded to"
 _UNEVEN = "not a fixed weight per token"
 _FEWEST = 3  # values of a count, where the step raised for the others
 
@@ -81,6 +82,9 @@ class _Audit:
         if findings.arrived(first) is None:
             self._note(findings.no_gradient(first))
             return self._report(None, "no gradient")
+        self._note(findings.not_finite(case, first))
+        if "not-finite" in self.found:
+            return self._report(None, "not measured")
         return self._report(*self._measure(case, first))
 
     def _measure(self, case: Case, first: Outcome) -> tuple[str | None, str]:
@@ -105,24 +109,36 @@ class _Audit:
         self._note(findings.empty_masks(empty, first))
         for _, outcome in other:
             self._note(findings.log_prob_weights(gradient, findings.arrived(outcome)))
-        if "uneven-weights" not in self.found:
+        if "uneven-weights" in self.found:
+            return None, _UNEVEN
+        coarse = findings.coarse_dtype([*varied, *full, *edges])
+        rule, formula = self._name(_points(varied), _points(edges), empty, coarse)
+        if not formula.startswith(_COARSE):  # or the loss is rounded too
             self._note(findings.losses([*varied, *edges]))
-            return self._name(_points(varied), _points(edges), empty)
-        return None, _UNEVEN
+        return rule, formula
 
     def _calls(self, cases: Iterable[Case]) -> list[tuple[Case, Outcome]]:
-        """Call the step with each case, and keep the calls in which it did not raise."""
-        calls = [(case, self.probe(case)) for case in cases]
-        self._note(("raises", f"With {case}: {outcome.error}") for case, outcome in calls if outcome.error)
-        return [(case, outcome) for case, outcome in calls if not outcome.error]
+        """Call the step with each case, and keep the calls in which it did not raise and the gradient is finite."""
+        kept = []
+        for case in cases:
+            outcome = self.probe(case)
+            problem = [("raises", f"With {case}: {outcome.error}")] if outcome.error else []
+            problem += findings.not_finite(case, outcome)
+            self._note(problem)
+            kept += [] if problem else [(case, outcome)]
+        return kept
 
-    def _name(self, points: list[Point], edges: list[Point], empty: Sequence[Call]) -> tuple[str | None, str]:
-        """The rule and formula of what was measured."""
+    def _name(
+        self, points: list[Point], edges: list[Point], empty: Sequence[Call], coarse: str | None
+    ) -> tuple[str | None, str]:
+        """The rule and formula of what was measured; `coarse` is the dtype that it is rounded to, if any."""
         # The centre of all series is a sequence with the reference length, which every case has.
         points.sort(key=lambda point: point.counts["n_b"] != self.cases.reference)
         if not self._was_varied(points):
             return None, "not measured"
         found = recover(points, SYMBOLS)
+        if found.predict is None and coarse:
+            return None, f"{_COARSE} {coarse}"
         if found.predict is None and _differs_within_a_case(points):
             self._note([("uneven-weights", "Sequences differ in weight, and not by a power of their token counts.")])
             return None, _UNEVEN
