@@ -34,8 +34,8 @@ class Copied:
 
     def __str__(self) -> str:
         """A line for each thing that a learner would want to know; empty if nothing was written."""
-        lines = [f"{len(self.new)} files are new."] if self.new else []
-        lines += [f"{len(self.updated)} files, unedited, are updated."] if self.updated else []
+        lines = [f"New files: {len(self.new)}."] if self.new else []
+        lines += [f"Updated, as you had not edited them: {len(self.updated)}."] if self.updated else []
         lines += [f"{name} is kept as you left it; the new version is {other}" for name, other in self.kept.items()]
         return "\n".join(lines)
 

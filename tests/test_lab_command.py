@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_new_folder_gets_all_lessons(course, mine):
     copied = copy_lessons(mine)
-    assert str(copied) == "3 files are new."
+    assert str(copied) == "New files: 3."
     assert contents(mine) == {
         name: f"{name}, version 1" for name in ("notebooks/00.ipynb", "notebooks/01.ipynb", "docs/audit.md")
     }
@@ -74,7 +74,7 @@ def test_what_was_edited_is_kept_and_the_rest_is_updated(course, mine):
         copied = str(copy_lessons(mine))
         beside = "notebooks/00_new.ipynb" if version == 2 else "notebooks/00_new_2.ipynb"
         assert copied.splitlines() == [
-            "1 files, unedited, are updated.",
+            "Updated, as you had not edited them: 1.",
             f"notebooks/00.ipynb is kept as you left it; the new version is {beside}",
         ]
         assert contents(mine)[beside] == f"notebooks/00.ipynb, version {version}"
