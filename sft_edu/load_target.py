@@ -8,10 +8,12 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import FunctionType, ModuleType
+
+from sft_edu.global_state import plain_settings, random_state_kept
 
 _MODULE_NAME = "_sft_edu_target"  # not "__main__", so that a guarded main part does not run
 
@@ -26,8 +28,8 @@ def target_function(target: str) -> Iterator[Callable[..., object]]:
 
     Inside the block the folder of the file (for a dotted name the current one) comes first in `sys.path`, as when
     Python runs a file, `sys.argv` holds no arguments, and no byte code is written. What the module prints while it is
-    loaded goes to standard error. Afterwards `sys.modules` is as before but for installed packages: the next file has
-    neighbours of its own, perhaps with the same names.
+    loaded goes to standard error. Afterwards the process is as before, as `global_state.py` says, and `sys.modules` too
+    but for installed packages: the next file has neighbours of its own, perhaps with the same names.
 
     Raises:
         TargetError: there is no such file, module or function, it is not callable, or the module fails; then the text
@@ -36,15 +38,12 @@ def target_function(target: str) -> Iterator[Callable[..., object]]:
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise TargetError(f"{target}: expected path/to/file.py:function or package.module:function")
-    kept = sys.path[:], sys.argv, sys.dont_write_bytecode
-    sys.argv, sys.dont_write_bytecode = [place], True
-    try:
-        with _own_neighbours(Path(place).resolve().parent if _is_file(place) else Path.cwd()):
-            with redirect_stdout(sys.stderr):
-                module = _load_file(Path(place)) if _is_file(place) else _load_module(place)
-            yield _function(module, place, name)
-    finally:
-        sys.path[:], sys.argv, sys.dont_write_bytecode = kept
+    folder, shown = Path(place).resolve().parent if _is_file(place) else Path.cwd(), sys.stderr
+    with _own_neighbours(folder), random_state_kept(), plain_settings(), redirect_stderr(shown):
+        sys.argv, sys.dont_write_bytecode = [place], True
+        with redirect_stdout(shown):
+            module = _load_file(Path(place)) if _is_file(place) else _load_module(place)
+        yield _function(module, place, name)
 
 
 @contextmanager
@@ -82,7 +81,9 @@ def _is_file(place: str) -> bool:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise TargetError(f"{path}: there is no such file")
+        raise TargetError(f"{path}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
+    if path.suffix == ".ipynb":
+        raise TargetError(f"{path}: it is a notebook; expected a .py file, as `jupyter nbconvert --to script` writes")
     sys.path.insert(0, str(path.resolve().parent))
     loader = SourceFileLoader(_MODULE_NAME, str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(_MODULE_NAME, loader))  # type: ignore[arg-type]
@@ -93,7 +94,9 @@ def _load_file(path: Path) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a script may end itself
-        raise TargetError(_own_traceback(error)) from None
+        is_relative = isinstance(error, ImportError) and "relative import" in str(error)
+        hint = "\nA file of a package is named package.module:function, from the folder with the package in it."
+        raise TargetError(_own_traceback(error) + hint * is_relative) from None
     return module
 
 

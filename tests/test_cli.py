@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from wild_steps import WILD
 
 from sft_edu import audit_accumulation, audit_step, get_response_log_probs
@@ -81,6 +83,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
     (tmp_path / "package" / "inner.py").write_text("from steps import sequence_mean\n")
+    (tmp_path / "package" / "sibling.py").write_text("from .inner import sequence_mean as step\n")
+    (tmp_path / "lesson.ipynb").write_text('{"cells": []}')
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     yield tmp_path
@@ -130,6 +134,7 @@ def test_a_relative_file_and_a_dotted_module_are_found_from_the_current_folder(f
     monkeypatch.chdir(folder)
     assert run(capsys, "audit", "steps.py:sequence_mean")[0] == 0
     assert run(capsys, "audit", "package.inner:sequence_mean")[0] == 0
+    assert run(capsys, "audit", "package.sibling:step")[0] == 0
     assert run(capsys, "audit", "sft_edu.step:sft_microbatch_train_step", "--expect", "notes")[0] == 0
 
 
@@ -161,6 +166,9 @@ def test_json_has_stable_keys_and_nothing_else_on_standard_output(folder, capsys
         ),
         ("../steps.py:Trainer.missing", "there is no Trainer.missing in it"),
         ("../steps.py:number", "number is int; expected a function"),
+        ("../package:step", "package: it is a folder"),
+        ("../lesson.ipynb:step", "lesson.ipynb: it is a notebook; expected a .py file"),
+        ("../package/sibling.py:step", "A file of a package is named package.module:function"),
         ("no_such_package.module:step", "there is no module no_such_package"),
         ("json.no_such_module:step", "there is no module json.no_such_module"),
         ("..x:step", "TypeError"),
@@ -236,6 +244,14 @@ def test_each_file_has_neighbours_of_its_own(folder, capsys):
     for place, formula in ((folder, "2·c·G"), (other, "4·c·G"), (folder, "2·c·G")):
         assert f"D = {formula}\n" in run(capsys, "audit", f"{place / 'steps.py'}:half")[1]
     assert sys.modules["neighbour"] is mine
+
+
+def test_what_a_file_changes_while_it_is_loaded_is_undone(folder, capsys):
+    vandal = "import os, random, sys, torch\nos.chdir('/')\ntorch.set_default_dtype(torch.float64)\nrandom.seed(0)\n"
+    (folder / "vandal.py").write_text(STEPS + vandal + "sys.path.append('/nowhere')\n")
+    before = Path.cwd(), torch.get_default_dtype(), random.getstate(), sys.path[:]
+    assert run(capsys, "audit", f"{folder / 'vandal.py'}:sequence_mean")[0] == 0
+    assert (Path.cwd(), torch.get_default_dtype(), random.getstate(), sys.path) == before
 
 
 def test_a_package_without_init_is_forgotten_too(folder, capsys, monkeypatch):
