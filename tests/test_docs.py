@@ -138,12 +138,25 @@ TRIED = {
     ".venv/bin/sft-edu audit my_training.py:step --expect token_mean": (
         "test_docs.py::test_the_audit_of_the_readme_says_what_it_says"
     ),
+    ".venv/bin/sft-edu train --data my.jsonl --out my_run --dry-run": (
+        "test_docs.py::test_the_training_of_the_readme_begins"
+    ),
+    ".venv/bin/sft-edu train": "test_train_command.py::test_the_built_in_tasks_are_learned",
+    ".venv/bin/sft-edu lab --check": "test_lab_command.py::test_the_check_finds_this_machine_ready_and_writes_nothing",
+    "sft-edu lab": "test_lab_command.py::test_lessons_open_from_a_wheel_and_leave_other_settings_alone",
+    "sft-edu train": "test_train_command.py::test_the_built_in_tasks_are_learned",
+    "pip wheel --no-deps -w dist .": "test_lab_command.py::test_a_wheel_holds_all_that_the_repository_has",
+    'pip install "dist/sft_edu-0.1.0-py3-none-any.whl[lab]"': (
+        "test_lab_command.py::test_lessons_open_from_a_wheel_and_leave_other_settings_alone"
+    ),
 }
 # Those that no test runs, and why.
 NOT_TRIED = {
     "python3 -m venv .venv": "Python's own",
     '.venv/bin/pip install -c constraints.txt -e ".[lab]"': "downloads; `make lab` runs the same line",
-    ".venv/bin/jupyter lab notebooks/00_start_here.ipynb": "the browser tests start the same server",
+    ".venv/bin/sft-edu lab --in-place": "what `make lab` runs",
+    ".venv/bin/sft-edu train --data my.jsonl --out my_run --model path/or/hub-id": "see test_pretrained.py",
+    ".venv/bin/torchrun --nproc-per-node 2 -m sft_edu train --data my.jsonl --out my_run": "see test_distributed.py",
     ".venv/bin/python -m pytest": "runs this test",
     "make bench": "takes minutes; tests call what the scripts measure",
 }
@@ -220,6 +233,16 @@ def test_the_audit_of_the_readme_says_what_it_says(tmp_path, monkeypatch, capsys
     assert main(command.split()[1:]) == 1
     said = re.search(r"# (step: .*?)(?:, and|$)", block)[1]
     assert said in capsys.readouterr().out
+
+
+def test_the_training_of_the_readme_begins(tmp_path, monkeypatch, capsys):
+    (command,) = [command for command in COMMANDS if "--dry-run" in command]
+    (forms,) = [text for text in code_blocks((ROOT / "docs/training.md").read_text()) if text.startswith("{")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text(forms)
+    assert main(command.split()[1:]) == 0
+    assert "3 examples" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["my.jsonl"]
 
 
 @pytest.mark.parametrize("lesson", lessons(), ids=lambda lesson: lesson.name)

@@ -26,7 +26,9 @@ SETUP = "from sft_edu.widgets import AccumulationLab, MaskLab, OptimizerLab, Ran
 # The small text beside a bar, from the cells of its line in the table.
 BESIDE_BAR = {
     "scaling": lambda formula, length, cosine, *_: f"D = {formula}, cosine {cosine} {length}",
-    "optimizer": lambda length, formula, cosine, *_: f"predicted {formula}, cosine {cosine} {length}",
+    "optimizer": lambda length, cosine, *_: "predicted {1}, cosine {2} {0}".format(
+        *re.fullmatch(r"(\S+) \((\S+)\)", length).groups(), cosine.split()[0]
+    ),
 }
 CHIP = re.compile(
     r"sequence (\d+), token (\d+): .+, (?:prompt|response|eos|padding), mask ([01]), gradient (\S+), log p (\S+)"
