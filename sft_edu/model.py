@@ -40,8 +40,9 @@ class TinyLM(nn.Module):
             raise ValueError(f"num_heads: got {num_heads}; expected a divisor of d_model, {d_model}")
         self.context_length = context_length
         with torch.device("meta"):  # allocates nothing and draws no random numbers
-            self.token_embedding = nn.Embedding(vocab_size, d_model)
-            self.position_embedding = nn.Embedding(context_length, d_model)
+            # From weights that are there: on the meta device their own initialisation loads a compiler, for seconds.
+            self.token_embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, d_model), freeze=False)
+            self.position_embedding = nn.Embedding.from_pretrained(torch.empty(context_length, d_model), freeze=False)
             self.blocks = nn.ModuleList(_Block(d_model, num_heads) for _ in range(num_layers))
             self.final_norm = nn.LayerNorm(d_model)
             self.head = nn.Linear(d_model, vocab_size, bias=False)
