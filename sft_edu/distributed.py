@@ -93,6 +93,11 @@ class Ranks(OneProcess):
     def any(self, flag: bool) -> bool:
         return self.count(int(flag)) > 0
 
+    def note(self, steps: int) -> str:
+        idle = self.world_size - steps
+        advice = f"; {idle} have nothing to do, of at most {steps} microbatches" if idle > 0 else ""
+        return f", by {self.layout}{advice}"
+
     def state_dict(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         random = self._gathered(_random_state(model))
         state = self._whole({**super().state_dict(model, optimizer), "random_of_ranks": random})
@@ -106,8 +111,8 @@ class Ranks(OneProcess):
             _set_random_state(model, state["random_of_ranks"][self.rank])
         return differences
 
-    def _whole(self, state: dict[str, object]) -> dict[str, object]:
-        """The state with no tensor of which other ranks have a part."""
+    def _whole(self, state: T) -> T:
+        """The state with no tensor in it of which other ranks have a part."""
         return state
 
     def _gathered(self, value: object) -> list:

@@ -27,6 +27,8 @@ class OneProcess:
     rank = 0
     world_size = 1
     layout = "1 process"
+    device: torch.device | None = None
+    """Where its model belongs; anywhere when None."""
     lockstep = False
     """Whether others wait in their last backward for this process: then errors and stops have to be agreed on."""
 
@@ -78,6 +80,13 @@ class OneProcess:
             RuntimeError: it is not finite.
         """
         return float(clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True))
+
+    def note(self, steps: int) -> str:
+        """What to say of the processes behind the words on a run with so many microbatches in an optimizer step."""
+        return ""
+
+    def make_whole(self, model: nn.Module) -> None:
+        """Give the model of the first process all its parameters, to be saved. Nothing can be trained after that."""
 
     def state_dict(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """`model` and `optimizer`, the same for any number of processes, and more that `load_state_dict` wants.

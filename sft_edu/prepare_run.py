@@ -16,6 +16,7 @@ from sft_edu.evaluate import Evaluation
 from sft_edu.examples import Conversation, Example, held_out
 from sft_edu.jsonl import load_jsonl
 from sft_edu.model import default_device
+from sft_edu.one_process import OneProcess
 from sft_edu.pretrained import context_length, load_model
 from sft_edu.run_settings import RunSettings
 from sft_edu.tiny_run import TINY_CONFIG, TINY_LENGTH, load_tiny_model, tiny_examples, tiny_model
@@ -50,7 +51,9 @@ class PreparedRun:
     evaluation: Evaluation | None
 
 
-def prepare_run(settings: RunSettings, device: torch.device | str | None = None) -> PreparedRun:
+def prepare_run(
+    settings: RunSettings, device: torch.device | str | None = None, ranks: OneProcess | None = None
+) -> PreparedRun:
     """Load data and model, make tokens, and decide what was left open.
 
     The defaults for the tiny model are those of `TINY_CONFIG` and one thread, for others 4 sequences in a microbatch, 8
@@ -60,6 +63,7 @@ def prepare_run(settings: RunSettings, device: torch.device | str | None = None)
     Args:
         settings: with the SHA-256 of the data, if the data must still be the same.
         device: the accelerator if there is one, else the CPU.
+        ranks: who shares the work, see `Training`.
 
     Raises:
         ModelLoadError: see `load_model`.
@@ -82,7 +86,7 @@ def prepare_run(settings: RunSettings, device: torch.device | str | None = None)
     )
     minibatch_size = settings.microbatch_size * settings.gradient_accumulation_steps
     settings = _with_cadence(settings, settings.num_epochs * math.ceil(len(trained) / minibatch_size))
-    training = Training(model, trained, _config(settings), pad_token_id=padding_token(tokenizer))
+    training = Training(model, trained, _config(settings), pad_token_id=padding_token(tokenizer), ranks=ranks)
     evaluation = Evaluation(tested, tokenizer, batch_size=settings.microbatch_size) if tested else None
     return PreparedRun(settings, tokenizer, encoded, training, evaluation)
 

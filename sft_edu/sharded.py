@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_map
 
 from sft_edu.distributed import Ranks, rehearse
+from sft_edu.one_process import T
 
 
 class ShardedRanks(Ranks):
@@ -49,6 +50,19 @@ class ShardedRanks(Ranks):
     def clip(self, model: nn.Module, max_norm: float) -> float:
         return float(clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True).full_tensor())
 
+    def make_whole(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after an evaluation it may not be
+        whole = {parameter: self._whole(parameter.detach()) for parameter in model.parameters()}
+        if self.rank:
+            return
+        whole = {parameter: nn.Parameter(tensor) for parameter, tensor in whole.items()}
+        for module in modules:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, whole[parameter])
+
     def load_state_dict(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, object]
     ) -> list[str]:
@@ -66,7 +80,7 @@ class ShardedRanks(Ranks):
         }
         return super().load_state_dict(model, optimizer, {**state, **parts})
 
-    def _whole(self, state: dict[str, object]) -> dict[str, object]:
+    def _whole(self, state: T) -> T:
         def gather(value: object) -> object:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             # Not all ranks keep it: it may be more than all their memory.

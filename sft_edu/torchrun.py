@@ -22,7 +22,6 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from sft_edu.distributed import Ranks
 from sft_edu.one_process import OneProcess
-from sft_edu.sharded import ShardedRanks
 
 TIMEOUT = timedelta(minutes=5)
 """How long one rank waits for another, which may be writing a checkpoint. One that ended is not waited for."""
@@ -53,7 +52,7 @@ def ranks_from_environment(*, shard: bool = False, timeout: timedelta = TIMEOUT)
         with ranks_from_environment() as ranks:
             list(Training(model, examples, config, ranks=ranks))
 
-    The model belongs on `local_device()`. An error of this rank is noted for the others and for torchrun before it goes
+    The model belongs on `ranks.device`. An error of this rank is noted for the others and for torchrun before it goes
     on its way.
 
     Args:
@@ -76,13 +75,23 @@ def ranks_from_environment(*, shard: bool = False, timeout: timedelta = TIMEOUT)
     _warn_about_restarts(rank)
     store = _join(rank, world_size, timeout)
     try:
-        yield ShardedRanks() if shard else Ranks()
+        ranks = _ranks(shard)
+        ranks.device = local_device()
+        yield ranks
     except Exception as error:
         named = _named(error, dist.PrefixStore("sft_edu", store), rank, world_size)
         get_error_handler().record_exception(named)
         raise named from (None if named is error else error)
     finally:
         dist.destroy_process_group()
+
+
+def _ranks(shard: bool) -> Ranks:
+    if not shard:
+        return Ranks()
+    from sft_edu.sharded import ShardedRanks  # FSDP2 takes a second
+
+    return ShardedRanks()
 
 
 def _join(rank: int, world_size: int, timeout: timedelta) -> dist.Store:

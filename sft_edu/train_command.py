@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +18,14 @@ from filelock import FileLock, Timeout
 
 from sft_edu.checkpoint import DamagedCheckpointWarning
 from sft_edu.dry_run import describe_run
+from sft_edu.one_process import OneProcess
 from sft_edu.prepare_run import TINY, PreparedRun, prepare_run
 from sft_edu.pretrained import ModelLoadError
 from sft_edu.run import CHECKPOINTS, METRICS, RunFolder, stops_on_interrupt, train_into
 from sft_edu.run_results import final_words, save_final_model, write_report
 from sft_edu.run_settings import SETTINGS, RunSettings, read_settings
 from sft_edu.scaling import RULES
+from sft_edu.torchrun import RankError, is_launched, ranks_from_environment
 from sft_edu.train import OutOfMemory
 from sft_edu.train_config import OPTIMIZERS
 
@@ -39,8 +42,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         help="train a model on the built-in tasks or on your own examples",
         description="Train a model on the built-in tasks, or on your own examples, and leave metrics, checkpoints, the "
         "model and a report in a folder. Ctrl+C stops after the microbatch and keeps everything.",
-        epilog="Exit status: 0 if the run is finished, 1 if it failed, 2 if it could not begin, 130 if Ctrl+C stopped "
-        "it.",
+        epilog="torchrun --nproc-per-node 2 -m sft_edu train ... shares the work among two processes; the options say "
+        "what all of them do together, and so the result is the same. Exit status: 0 if the run is finished, 1 if it "
+        "failed, 2 if it could not begin, 130 if Ctrl+C stopped it.",
         argument_default=argparse.SUPPRESS,  # what is not said here may stand in the folder of the run
     )
     group = parser.add_argument_group("what to train on")
@@ -53,6 +57,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("what to train")
     group.add_argument("--model", help="tiny, a folder, or the id of a model on the hub (default: tiny)")
     group.add_argument("--device", help="such as cuda or cpu (default: the accelerator if there is one)")
+    group.add_argument(
+        "--shard", action="store_true", default=False, help="of several processes, each holds a part of the model"
+    )
     group.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     group = parser.add_argument_group("how (defaults for the tiny model; for others 4 x 8 sequences and 2e-5)")
     group.add_argument("--rule", choices=tuple(RULES), help="what the loss is divided by (default: token_mean)")
@@ -85,33 +92,45 @@ class _Refused(Exception):
     """It cannot begin; the text says why."""
 
 
+class _Failed(Exception):
+    """It began, and did not get to the end; the text says why, and what to do."""
+
+
 def _train(options: argparse.Namespace) -> int:
     missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
     if missing:
         return _say(f'sft-edu train needs {" and ".join(missing)}: pip install "sft-edu[train]"', 2)
+    if options.shard and not is_launched():
+        return _say("--shard: got it in one process; expected several, such as torchrun starts", 2)
     threads = torch.get_num_threads()
+    # A launcher that starts a run again does so with the words it was first started with.
+    options.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (options.out / SETTINGS).exists()
     try:
-        run = _prepare(options)
-        if options.dry_run:
-            print(describe_run(run, colour=_shows_colour()))
+        with ranks_from_environment(shard=options.shard) as ranks:
+            run = _prepare(options, ranks)
+            if not options.dry_run:
+                return _run(run, options)
+            if ranks.rank == 0:
+                print(describe_run(run, colour=_shows_colour()))
             return 0
-        return _run(run, options)
     except _Refused as error:
         return _say(str(error), 2)
+    except (_Failed, RankError) as error:
+        return _say(str(error), 1)
     except KeyboardInterrupt:
         return _say(f"Stopped at once. What was saved before is in {options.out}.", INTERRUPTED)
     finally:
         torch.set_num_threads(threads)
 
 
-def _prepare(options: argparse.Namespace) -> PreparedRun:
+def _prepare(options: argparse.Namespace, ranks: OneProcess) -> PreparedRun:
     names = {field.name for field in fields(RunSettings)}
     given = {name: value for name, value in vars(options).items() if name in names}
     try:
         settings = _resumed(options.out, given) if options.resume else RunSettings(**given)
         if not options.resume and not options.dry_run:
             _check_free(options.out)
-        prepared = prepare_run(settings, getattr(options, "device", None))
+        prepared = prepare_run(settings, _device(options, ranks), ranks)
         if prepared.settings.threads is not None:
             torch.set_num_threads(prepared.settings.threads)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -120,6 +139,11 @@ def _prepare(options: argparse.Namespace) -> PreparedRun:
         raise _Refused(_words(error)) from error
     found = {name: _absolute(name, getattr(prepared.settings, name)) for name in ("data", "model")}
     return replace(prepared, settings=replace(prepared.settings, **found, threads=torch.get_num_threads()))
+
+
+def _device(options: argparse.Namespace, ranks: OneProcess) -> torch.device | str | None:
+    name = getattr(options, "device", None)
+    return ranks.device if ranks.device is not None and name in (None, "cuda") else name
 
 
 def _resumed(folder: Path, given: dict[str, object]) -> RunSettings:
@@ -142,33 +166,42 @@ def _check_free(folder: Path) -> None:
 
 def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
     folder = options.out
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK, timeout=0):
-            if not options.resume:
-                _check_free(folder)  # somebody may have begun one meanwhile
-                prepared.settings.write(folder)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", DamagedCheckpointWarning)
-                run = RunFolder(folder, prepared.training, resume=options.resume)
-            for warning in caught:
-                _say(str(warning.message), 0)
-            return _train_to_the_end(prepared, run)
+        prepared.training.ranks.first(lambda: _claim(folder, lock, prepared.settings, options.resume))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DamagedCheckpointWarning)
+            run = RunFolder(folder, prepared.training, resume=options.resume)
+        for warning in caught:
+            _say(str(warning.message), 0)
+        return _train_to_the_end(prepared, run)
     except Timeout as error:
         raise _Refused(f"{folder}: another process trains in it; wait for it, or take another folder: --out") from error
     except (OSError, ValueError) as error:
         raise _Refused(_words(error)) from error
+    finally:
+        lock.release()
+
+
+def _claim(folder: Path, lock: FileLock, settings: RunSettings, resume: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    if not resume:
+        _check_free(folder)  # somebody may have begun one meanwhile
+        settings.write(folder)
 
 
 def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
     from sft_edu.progress_bar import progress_bar
 
-    if run.differences:
+    ranks, settings = run.training.ranks, prepared.settings
+    is_first = ranks.rank == 0
+    if run.differences and is_first:
         _say(f"Not bit for bit as if it had never stopped: {'; '.join(run.differences)}.", 0)
-    print(f"{prepared.examples}\n{_size(prepared)}", flush=True)
-    settings = prepared.settings
+    if is_first:
+        print(f"{prepared.examples}\n{_size(prepared)}", flush=True)
     try:
-        with stops_on_interrupt() as asked, progress_bar(run.training) as on_line:
+        with stops_on_interrupt() as asked, progress_bar(run.training) if is_first else nullcontext() as on_line:
             finished = train_into(
                 run,
                 checkpoint_every=settings.checkpoint_every,
@@ -177,20 +210,27 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
                 on_line=on_line,
                 should_stop=asked,
             )
+        ranks.make_whole(run.training.model)
+        if not is_first:
+            return 0 if finished else INTERRUPTED
         model = save_final_model(prepared, run.folder) if finished else None
         words = final_words(prepared, run, model) + [f"Go on with: {_resume(run.folder)}"] * (not finished)
         print(*words, f"Report: {write_report(prepared, run, words)}", sep="\n")
         return 0 if finished else INTERRUPTED
     except OSError as error:
-        return _say(f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {_resume(run.folder)}", 1)
+        words = f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {_resume(run.folder)}"
+        raise _Failed(words) from error
     except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
-        words = [f"{_failed(run)} {_words(error)}", "Begin anew with other settings in another folder: --out"]
+        cause, advice = error, "Begin anew with other settings in another folder: --out"
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "non-finite" not in str(error):
             raise
         advice = "A lower --learning-rate or --max-norm may help; begin anew in another folder: --out"
-        words = [f"{_failed(run)} {_words(error)}", advice]
-    return _say("\n".join([*words, f"Report: {write_report(prepared, run, words)}"]), 1)
+        cause = error
+    words = [f"{_failed(run)} {_words(cause)}", advice]
+    if is_first:
+        words.append(f"Report: {write_report(prepared, run, words)}")
+    raise _Failed("\n".join(words)) from cause
 
 
 def _failed(run: RunFolder) -> str:
@@ -199,9 +239,10 @@ def _failed(run: RunFolder) -> str:
 
 def _size(prepared: PreparedRun) -> str:
     training, config = prepared.training, prepared.training.config
+    shared = training.ranks.note(config.gradient_accumulation_steps)
     return (
         f"{config.microbatch_size} x {config.gradient_accumulation_steps} = {training.minibatch_size} sequences in an "
-        f"optimizer step, {training.num_steps:,} steps, {config.rule}, on {training.device}."
+        f"optimizer step, {training.num_steps:,} steps, {config.rule}, on {training.device}{shared}."
     )
 
 
@@ -234,5 +275,6 @@ def _shows_colour() -> bool:
 
 
 def _say(text: str, status: int) -> int:
-    print(text, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr)
     return status
