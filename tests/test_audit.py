@@ -59,6 +59,7 @@ def test_the_confusion_matrix_is_diagonal():
     assert {name: found(audit) for name, audit in audits.items()} == {name: one[1:] for name, one in WILD.items()}
 
 
+@pytest.mark.timeout(600)  # some six hundred audits
 def test_no_seed_gives_another_answer():
     """Three steps for each of 200 seeds, in turn. `python tests/wild_steps.py 200` does all for each."""
     names = itertools.cycle(WILD)
