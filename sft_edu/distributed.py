@@ -95,8 +95,7 @@ class Ranks(OneProcess):
 
     def note(self, steps: int) -> str:
         idle = self.world_size - steps
-        advice = f"; {idle} have nothing to do, of at most {steps} microbatches" if idle > 0 else ""
-        return f", by {self.layout}{advice}"
+        return f", by {self.layout}" + f", {idle} of them without work: G is only {steps}" * (idle > 0)
 
     def state_dict(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         random = self._gathered(_random_state(model))

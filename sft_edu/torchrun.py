@@ -150,5 +150,5 @@ def _warn_about_restarts(rank: int) -> None:
         warnings.warn(
             f"--max-restarts: got {restarts} without {shares}=1 in the environment of torchrun; expected both, or a "
             "restart may fail to bring the ranks together",
-            stacklevel=3,
+            stacklevel=4,
         )

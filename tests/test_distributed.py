@@ -14,6 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sft_edu.cli import main
+from sft_edu.run import read_metrics
+from sft_edu.tiny_run import load_tiny_model
+
 HERE = Path(__file__).parent / "ranks"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 SIZES = (1, 2, 4)
@@ -142,17 +146,22 @@ def test_ranks_begin_alike_and_stop_together(world_size: int, engine: str):
 def attempt(folder: Path, fault: str, rank: int, *options: str, torchrun: list[str] | None = None):
     """A run of two ranks with a fault, which must be over within 30 seconds of it and leave no process behind."""
     script = [str(HERE / "faulty.py"), str(folder), fault, str(rank), *options]
-    if torchrun is None:
-        command = [sys.executable, *script, "--fork", "2"]
-    else:
-        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", str(folder / "rdzv"), "--rdzv-conf", "store_type=file"]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command = [*launcher, *meeting, *torchrun, *script]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = start(folder, [*script, "--fork", "2"] if torchrun is None else [*launcher(folder, *torchrun), *script])
     if (folder / "fault_at").exists() and done.returncode:
         assert time.time() - float((folder / "fault_at").read_text()) < 30
-    mine = [one for one in psutil.process_iter(["cmdline"]) if str(folder) in (one.info["cmdline"] or [])]
-    assert not mine
+    return done
+
+
+def launcher(folder: Path, *options: str) -> list[str]:
+    """Without a port that anybody could reach: torchrun's processes meet at a file."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", str(folder / "rdzv"), "--rdzv-conf", "store_type=file"]
+    return ["-m", "torch.distributed.run", "--nproc-per-node", "2", *meeting, *options]
+
+
+def start(folder: Path, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    command, environment = [sys.executable, *arguments], ENVIRONMENT | environment
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(folder) in str(one.info["cmdline"])]
     return done
 
 
@@ -180,12 +189,11 @@ def test_a_rank_without_data_works_along(tmp_path: Path):
     assert "weights" in done.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("--shard",)], ids=ENGINES)
-def test_torchrun_restarts_a_killed_run_from_its_checkpoint_bit_for_bit(tmp_path: Path, options: tuple[str, ...]):
-    straight = attempt(tmp_path, "none", 1, *options)
+def test_torchrun_restarts_a_killed_run_from_its_checkpoint_bit_for_bit(tmp_path: Path):
+    straight = attempt(tmp_path, "none", 1, "--shard")
     folder = tmp_path / "killed"
     folder.mkdir()
-    killed = attempt(folder, "kill", 1, *options, torchrun=["--max-restarts", "1"])
+    killed = attempt(folder, "kill", 1, "--shard", torchrun=["--max-restarts", "1"])
     assert killed.returncode == 0, killed.stderr[-3000:]
     assert (folder / "fault_at").exists()
     lines = [line for line in killed.stdout.splitlines() if line.startswith("weights")]
@@ -202,3 +210,56 @@ def test_torchrun_names_the_rank_and_the_cause(tmp_path: Path):
     cause = done.stderr[done.stderr.index("Root Cause") :]
     assert "rank      : 1 (local_rank: 1)" in cause
     assert "OSError: the disk is full" in cause
+
+
+def arguments(folder: Path, out: str) -> list[str]:
+    """`sft-edu train`, 9 optimizer steps of up to 3 microbatches."""
+    examples = [{"prompt": f"{number} + 1 =", "response": f" {number + 1}"} for number in range(20)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    short = ["--microbatch-size", "2", "--gradient-accumulation-steps", "3", "--evaluate-every", "4"]
+    return ["train", "--data", "mine.jsonl", *short, "--checkpoint-every", "3", "--out", out]
+
+
+def command(folder: Path, fault: str, out: str, *options: str, torchrun: list[str] | None = None):
+    """The same on two ranks, one of which may meet a fault."""
+    script = [str(HERE / "command.py"), fault, *arguments(folder, out), *options]
+    if torchrun is None:
+        return start(folder, script, FORK="1")
+    return start(folder, [*launcher(folder, *torchrun), *script])
+
+
+def test_the_command_does_the_same_on_two_ranks_with_shards_and_after_a_kill(tmp_path: Path, monkeypatch, capsys):
+    whole = command(tmp_path, "none", "whole")
+    sharded = command(tmp_path, "none", "sharded", "--shard")
+    killed = command(tmp_path, "kill", "killed", torchrun=["--max-restarts", "1"])
+    for done in (whole, sharded, killed):
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert whole.stdout.count("Finished after optimizer step 9 of 9.") == 1  # only the first rank speaks
+    assert "on cpu, by 2 ranks with shards." in sharded.stdout
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(tmp_path, "alone")) == 0
+    expected = list(read_metrics("alone/metrics.jsonl"))
+    for name in ("whole", "sharded"):
+        lines = list(read_metrics(f"{name}/metrics.jsonl"))
+        assert [line["num_tokens"] for line in lines] == [line["num_tokens"] for line in expected]
+        assert [line["nll"] for line in lines] == pytest.approx([line["nll"] for line in expected], abs=1e-5)
+        assert lines[-1]["held_out_nll"] == pytest.approx(expected[-1]["held_out_nll"], abs=1e-4)
+        models = [load_tiny_model(f"{one}/model.pt") for one in ("alone", name)]
+        assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    capsys.readouterr()
+    # What two ranks began, one process finishes, and says what that changes.
+    assert main(["train", "--resume", "--out", "sharded"]) == 0
+    assert "the run was on 2 ranks with shards and is on 1 process" in capsys.readouterr().err
+
+
+def test_the_command_names_the_rank_that_computes_nan(tmp_path: Path):
+    done = command(tmp_path, "nan", "run")
+    assert done.returncode == 1
+    assert "Failed at optimizer step 5 of 9. rank 1: policy_log_probs: got nan" in done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_shards_need_several_processes(capsys):
+    assert main(["train", "--shard"]) == 2
+    assert "--shard: got it in one process" in capsys.readouterr().err

@@ -36,6 +36,9 @@ def _status(work: Callable[[int], None], rank: int, seconds: int) -> int:
     signal.alarm(seconds)  # nobody stays behind
     try:
         work(rank)
+    except SystemExit as ended:
+        sys.stdout.flush()
+        return ended.code
     except Exception as error:
         print(f"[rank {rank}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         traceback.print_exc()

@@ -1,0 +1,41 @@
+"""`sft-edu` on two ranks: `command.py FAULT ARGUMENT...`, under torchrun or with FORK=1 in the environment.
+
+FAULT is none, or one that rank 1 meets after the fourth optimizer step of the first attempt: kill or nan.
+"""
+
+import os
+import signal
+import sys
+
+import torch
+from processes import run_ranks
+
+from sft_edu.cli import main
+from sft_edu.train import Training
+
+
+def run(rank: int) -> None:
+    fault, *arguments = sys.argv[1:]
+    if rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        meet(fault)
+    sys.exit(main(arguments))
+
+
+def meet(fault: str) -> None:
+    run_microbatch = Training.run_microbatch
+
+    def faulty(training: Training):
+        if training.step == 4 and fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if training.step == 4 and fault == "nan":
+            with torch.no_grad():
+                training.model.head.weight.fill_(float("nan"))
+        return run_microbatch(training)
+
+    Training.run_microbatch = faulty
+
+
+if __name__ == "__main__":
+    if "FORK" in os.environ:
+        sys.exit(max(run_ranks(run, 2, seconds=100)))
+    run(int(os.environ["RANK"]))
