@@ -61,6 +61,9 @@ def _arithmetic(run: PreparedRun) -> list[str]:
     denominator = compact(float(rule.denominator(symbols | {"N": minibatch_tokens})))
     trained, steps = len(training.examples), training.steps_per_epoch
     last = trained - (steps - 1) * training.minibatch_size
+    epoch = f"{trained:,} sequences / {training.minibatch_size} = {_number(steps, 'optimizer step')}"
+    if last < training.minibatch_size:
+        epoch += f", the last with {last} in {_number(math.ceil(last / config.microbatch_size), 'microbatch', 'es')}"
     return [
         f"Data            {run.examples}",
         f"                {trained:,} to train on, {len(run.examples) - trained:,} held out",
@@ -68,19 +71,17 @@ def _arithmetic(run: PreparedRun) -> list[str]:
         f"{inside:,} response, {tokens - inside:,} prompt, {len(first) * longest - tokens:,} padding",
         f"Optimizer step  {config.microbatch_size} sequences x {config.gradient_accumulation_steps} microbatches = "
         f"{training.minibatch_size} sequences; the first has {minibatch_tokens:,} response tokens",
-        f"Epoch           {trained:,} sequences / {training.minibatch_size} = {steps:,} optimizer "
-        f"step{'s' * (steps != 1)}"
-        + (
-            f", the last with {last} in {math.ceil(last / config.microbatch_size)} microbatches"
-            if last < training.minibatch_size
-            else ""
-        ),
-        f"Run             {steps:,} x {config.num_epochs} epoch{'s' * (config.num_epochs != 1)} = "
-        f"{training.num_steps:,} optimizer steps; learning rate up to {config.learning_rate:g} "
-        f"after {config.warmup_steps}, then down to {config.learning_rate * config.final_share:g}",
+        f"Epoch           {epoch}",
+        f"Run             {steps:,} x {_number(config.num_epochs, 'epoch')} = {_number(training.num_steps, 'step')}; "
+        f"learning rate up to {config.learning_rate:g} after {config.warmup_steps}, "
+        f"then down to {config.learning_rate * config.final_share:g}",
         f"Rule            {rule.name}, D = {rule.formula}; in the first microbatch D = {denominator}",
         f"Model           {sum(p.numel() for p in training.model.parameters()):,} parameters on {training.device}",
     ]
+
+
+def _number(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{plural if count != 1 else ''}"
 
 
 def _count(sequences: list[Encoded]) -> tuple[int, int]:

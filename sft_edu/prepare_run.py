@@ -26,7 +26,7 @@ from sft_edu.train_config import TrainConfig
 
 TINY = "tiny"
 _WEIGHTS = ".pt"  # of a tiny model that was trained before
-_PRETRAINED = {"microbatch_size": 4, "gradient_accumulation_steps": 8, "learning_rate": 2e-5}
+PRETRAINED_DEFAULTS = {"microbatch_size": 4, "gradient_accumulation_steps": 8, "learning_rate": 2e-5}
 _LONGEST = 1024  # tokens, unless said otherwise
 _HELD_OUT = 0.1
 _EVALUATIONS = 10  # in a run, besides the first
@@ -111,8 +111,8 @@ def usable_device(name: torch.device | str | None) -> torch.device:
 
 def _with_defaults(settings: RunSettings) -> RunSettings:
     # So small a model loses more by a second thread than it gains, and much more where another program runs.
-    suits_tiny = {name: getattr(TINY_CONFIG, name) for name in _PRETRAINED} | {"threads": 1}
-    defaults = suits_tiny if _is_tiny(settings) else _PRETRAINED
+    suits_tiny = {name: getattr(TINY_CONFIG, name) for name in PRETRAINED_DEFAULTS} | {"threads": 1}
+    defaults = suits_tiny if _is_tiny(settings) else PRETRAINED_DEFAULTS
     defaults = defaults | {"num_epochs": 3, "held_out": _HELD_OUT} if settings.data else defaults | {"num_epochs": 1}
     still_open = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     return replace(settings, **still_open)

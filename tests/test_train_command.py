@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -28,15 +29,17 @@ from sft_edu.cli import main
 from sft_edu.evaluate import Evaluation
 from sft_edu.jsonl import load_jsonl
 from sft_edu.model import TinyLM
+from sft_edu.prepare_run import PRETRAINED_DEFAULTS, prepare_run
 from sft_edu.pretrained import load_model
 from sft_edu.run import CHECKPOINTS, METRICS, as_json, read_metrics
-from sft_edu.run_settings import SETTINGS
+from sft_edu.run_settings import SETTINGS, RunSettings
 from sft_edu.tiny_run import load_tiny_model, tiny_examples
 from sft_edu.tokens import ByteTokenizer
 from sft_edu.train import Training
 from sft_edu.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 # 36 examples to train on make 5 optimizer steps of 4 x 2 in an epoch, the last of them incomplete.
 SHORT = [
     *("--microbatch-size", "4", "--gradient-accumulation-steps", "2", "--epochs", "2"),
@@ -611,3 +614,87 @@ def test_the_defaults_are_those_of_the_config(whole: Path):
     config = TrainConfig()
     for name in ("rule", "normalize_constant", "optimizer", "weight_decay", "max_norm", "seed"):
         assert settings[name] == getattr(config, name)
+
+
+# --- The page ---
+
+
+def sums(folder: Path) -> None:
+    """The examples that docs/training.md speaks of."""
+    examples = [{"prompt": f"{number} + 1 =", "response": f" {number + 1}"} for number in range(20)]
+    (folder / "my.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+
+def indented_after(start: str) -> str:
+    """The indented lines of the page from this one on; blank lines between them belong to them."""
+    lines = DOCS[DOCS.index(f"    {start}") :].splitlines()
+    block = itertools.takewhile(lambda line: not line or line.startswith("    "), lines)
+    return "\n".join(line[4:] for line in block).strip() + "\n"
+
+
+def test_the_forms_on_the_page_load(folder: Path):
+    (folder / "forms.jsonl").write_text(indented_after('{"prompt": "2 + 2'))
+    assert len(load_jsonl("forms.jsonl")) == 4
+
+
+def test_the_error_on_the_page_is_the_real_one(folder: Path, capsys):
+    (folder / "my.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 2 + '{"prompt": "a", "response": ""}\n')
+    assert main(["train", "--data", "my.jsonl"]) == 2
+    assert capsys.readouterr().err == indented_after("my.jsonl, line 3")
+
+
+def test_the_dry_run_on_the_page_is_the_real_one(folder: Path, capsys):
+    sums(folder)
+    (options,) = re.findall(r"`(--microbatch-size 2 .*?)`", DOCS)
+    assert main(["train", "--data", "my.jsonl", "--dry-run", "--device", "cpu", *options.split()]) == 0
+    assert capsys.readouterr().out == indented_after("The first microbatch")
+
+
+def test_the_python_on_the_page_runs_after_the_command_on_it(folder: Path, capsys):
+    sums(folder)
+    (line,) = re.findall(r"^    sft-edu (train --data my.jsonl --out my_run)$", DOCS, re.MULTILINE)
+    assert main(shlex.split(line)) == 0
+    written = list(read_metrics("my_run/metrics.jsonl"))
+    capsys.readouterr()
+    (example,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    exec(compile(example, "docs/training.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("".join(f"{line['step']} {line['nll']}\n" for line in written))
+    (again,) = re.findall(r"^    sft-edu (train --resume .*)$", DOCS, re.MULTILINE)
+    assert main(shlex.split(again)) == 0
+
+
+def test_the_page_lists_what_a_run_leaves_and_what_a_line_holds(whole: Path):
+    fields = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", DOCS[DOCS.index("| field |") :], re.MULTILINE)
+    line = list(read_metrics(whole / METRICS))[-1]
+    assert sorted(name.strip("`") for field in fields for name in field.split(", ")) == sorted(line)
+    assert all(f"| `{name}" in DOCS for name in FILES)
+
+
+def test_the_options_and_defaults_of_the_page_are_those_of_the_command(folder: Path, capsys):
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (.*?) \|", DOCS, re.MULTILINE)
+    assert [name for name, _ in rows][:3] == ["--rule", "--microbatch-size", "--gradient-accumulation-steps"]
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    help_text = capsys.readouterr().out
+    assert all(name in help_text for name, _ in rows)
+    sums(folder)
+    tiny, data = (prepare_run(RunSettings(data=data), "cpu").settings for data in (None, "my.jsonl"))
+    defaults = dict(rows)
+    assert (tiny.num_epochs, data.num_epochs) == (1, 3)
+    assert defaults["--epochs"] == f"{data.num_epochs}, or {tiny.num_epochs} without `--data`"
+    for name in ("microbatch_size", "gradient_accumulation_steps"):
+        assert defaults["--" + name.replace("_", "-")] == f"{getattr(tiny, name)}, or {PRETRAINED_DEFAULTS[name]}"
+    assert [float(rate) for rate in defaults["--learning-rate"].split(", or ")] == [
+        tiny.learning_rate,
+        PRETRAINED_DEFAULTS["learning_rate"],
+    ]
+    assert (defaults["--rule"], defaults["--optimizer"]) == (f"`{tiny.rule}`", f"`{tiny.optimizer}`")
+    assert float(defaults["--max-norm"]) == tiny.max_norm
+
+
+def test_help_says_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "0 if the run is finished, 1 if it failed, 2 if it could not begin, 130 if Ctrl+C stopped it" in words
+    assert [int(row) for row in re.findall(r"^\| (\d+) \|", DOCS, re.MULTILINE)] == [0, 1, 2, 130]

@@ -1,0 +1,52 @@
+"""How long `sft-edu train` takes on the built-in tasks, the whole command, and how much of that is the loop alone.
+
+Each round runs the command in a process of its own, and then, in another, the same training without evaluation,
+checkpoints, metrics and report.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 5
+LOOP = """
+import torch
+torch.set_num_threads(1)
+from sft_edu.encode import encode
+from sft_edu.tiny_run import TINY_CONFIG, tiny_examples, tiny_model
+from sft_edu.tokens import ByteTokenizer
+from sft_edu.train import Training
+for _ in Training(tiny_model(), encode(tiny_examples(), ByteTokenizer()), TINY_CONFIG, pad_token_id=256):
+    pass
+"""
+
+
+def seconds_of(*arguments: str) -> tuple[float, str]:
+    """How long Python runs with these arguments, and what it prints."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, done.stdout
+
+
+def main() -> None:
+    ratios = []
+    for number in range(1, ROUNDS + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            whole, out = seconds_of("-m", "sft_edu", "train", "--out", str(Path(folder) / "run"), "--seed", str(number))
+        loop, _ = seconds_of("-c", LOOP)
+        ratios.append(whole / loop)
+        right = re.search(r"Held out, after step \d+: ([\d.]+%) right", out)[1]
+        print(
+            f"run {number}: {whole:5.1f} s, {right} of the held-out answers right; the loop alone {loop:5.1f} s",
+            flush=True,
+        )
+    print(f"ratio of the command to the loop alone {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
