@@ -19,6 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 from test_encode import CHATML, hugging_face
+from test_jsonl import REFUSED
 from test_report_page import HOSTILE_PARTS, Elements
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -279,6 +280,18 @@ def test_what_cannot_begin_is_named_and_leaves_nothing(folder: Path, capsys, arg
     assert words in err
     assert "Traceback" not in err
     assert content(folder) == before
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_malformed_line_is_named_with_its_field(folder: Path, capsys, name: str):
+    line, field, _ = REFUSED[name]
+    line = line if isinstance(line, bytes) else json.dumps(line).encode()
+    (folder / "bad.jsonl").write_bytes(b'{"prompt": "a", "response": "b"}\n' + line + b"\n")
+    status, out, err = train(capsys, data="bad.jsonl")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"bad.jsonl, line 2{', ' * bool(field)}{field}: ")
+    assert err.count("\n") == 1
     assert not (folder / "run").exists()
 
 
