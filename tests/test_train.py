@@ -99,6 +99,20 @@ def test_every_example_is_seen_once_in_each_epoch():
     assert epochs[0] != epochs[1]
 
 
+def test_a_minibatch_is_cut_and_counted_once():
+    run, calls = training(encoded(12), microbatch_size=2, gradient_accumulation_steps=3), []
+    minibatch = run.minibatch
+    run.minibatch = lambda: calls.append(run.step) or minibatch()
+    list(run)
+    assert calls == [0, 1]
+
+
+def test_a_run_in_one_process_stops_after_any_microbatch():
+    run = training(encoded(12), microbatch_size=2, gradient_accumulation_steps=3)
+    run.run_microbatch()
+    assert (run.microbatch, run.agree_to_stop(lambda: True), run.agree_to_stop(lambda: False)) == (1, True, False)
+
+
 def test_a_record_tells_what_happened():
     model = tiny(torch.float64)
     run = training(encoded(12), model, microbatch_size=3, gradient_accumulation_steps=4, max_norm=0.5)

@@ -151,7 +151,7 @@ def data() -> dict[str, object]:
 
 def checkpoints() -> dict[str, object]:
     """A state from the middle of a run, taken up again by each engine."""
-    config = {"num_epochs": 4}
+    config = {"num_epochs": 2, "microbatch_size": 1, "gradient_accumulation_steps": 6}
     figures = {}
     engines = {"one": OneProcess, **ENGINES}
     for name, engine in engines.items():
