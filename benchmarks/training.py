@@ -5,6 +5,7 @@ checkpoints, metrics and report.
 """
 
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,23 +27,27 @@ for _ in Training(tiny_model(), encode(tiny_examples(), ByteTokenizer()), TINY_C
 """
 
 
-def seconds_of(*arguments: str) -> tuple[float, str]:
-    """How long Python runs with these arguments, and what it prints."""
-    start = time.perf_counter()
+def seconds_of(*arguments: str) -> tuple[float, float, str]:
+    """How long Python runs with these arguments, how long a processor does, and what it prints."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return time.perf_counter() - start, done.stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return time.perf_counter() - start, busy, done.stdout
 
 
 def main() -> None:
     ratios = []
     for number in range(1, ROUNDS + 1):
         with tempfile.TemporaryDirectory() as folder:
-            whole, out = seconds_of("-m", "sft_edu", "train", "--out", str(Path(folder) / "run"), "--seed", str(number))
-        loop, _ = seconds_of("-c", LOOP)
-        ratios.append(whole / loop)
-        right = re.search(r"Held out, after step \d+: ([\d.]+%) right", out)[1]
+            out, seed = str(Path(folder) / "run"), str(number)
+            seconds, busy, text = seconds_of("-m", "sft_edu", "train", "--out", out, "--seed", seed)
+        _, alone, _ = seconds_of("-c", LOOP)
+        ratios.append(busy / alone)
+        right = re.search(r"Held out, after step \d+: ([\d.]+%) right", text)[1]
         print(
-            f"run {number}: {whole:5.1f} s, {right} of the held-out answers right; the loop alone {loop:5.1f} s",
+            f"run {number}: {seconds:.1f} s, {busy:.1f} s of a processor, {right} of the held-out answers right; "
+            f"the loop alone {alone:.1f} s of a processor",
             flush=True,
         )
     print(f"ratio of the command to the loop alone {statistics.median(ratios):.2f}")

@@ -24,15 +24,13 @@ from sft_edu.pretrained import ModelLoadError
 from sft_edu.run import CHECKPOINTS, METRICS, RunFolder, stops_on_interrupt, train_into
 from sft_edu.run_results import final_words, save_final_model, write_report
 from sft_edu.run_settings import SETTINGS, RunSettings, read_settings
-from sft_edu.scaling import RULES
 from sft_edu.torchrun import RankError, is_launched, ranks_from_environment
 from sft_edu.train import OutOfMemory
-from sft_edu.train_config import OPTIMIZERS
+from sft_edu.train_options import OPTION_NAMES, add_options
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl+C ended
 LOCK = ".lock"
 _MAY_CHANGE = ("threads",)
-_OPTIONS = {"num_epochs": "--epochs", "chat_template": "--no-chat-template"}
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -47,44 +45,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "failed, 2 if it could not begin, 130 if Ctrl+C stopped it.",
         argument_default=argparse.SUPPRESS,  # what is not said here may stand in the folder of the run
     )
-    group = parser.add_argument_group("what to train on")
-    group.add_argument("--data", metavar="FILE", help="one JSON object on each line (default: the built-in tasks)")
-    group.add_argument("--held-out", type=float, metavar="SHARE", help="of the data, not trained on (default: 0.1)")
-    group.add_argument("--max-length", type=int, metavar="TOKENS", help="longer examples are cut, and counted")
-    group.add_argument(
-        "--no-chat-template", action="store_false", dest="chat_template", help="prompts have a form of their own"
-    )
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--model", help="tiny, a folder, or the id of a model on the hub (default: tiny)")
-    group.add_argument("--device", help="such as cuda or cpu (default: the accelerator if there is one)")
-    group.add_argument(
-        "--shard", action="store_true", default=False, help="of several processes, each holds a part of the model"
-    )
-    group.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    group = parser.add_argument_group("how (defaults for the tiny model; for others 4 x 8 sequences and 2e-5)")
-    group.add_argument("--rule", choices=tuple(RULES), help="what the loss is divided by (default: token_mean)")
-    group.add_argument("--microbatch-size", type=int, metavar="B", help="sequences in one forward (default: 16)")
-    group.add_argument(
-        "--gradient-accumulation-steps", type=int, metavar="G", help="microbatches in an optimizer step (default: 4)"
-    )
-    group.add_argument("--normalize-constant", type=float, metavar="C", help="for rules that use it (default: 1)")
-    group.add_argument(
-        "--epochs", type=int, dest="num_epochs", metavar="N", help="(default: 3, of the built-in tasks 1)"
-    )
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: adamw)")
-    group.add_argument("--learning-rate", type=float, metavar="LR", help="its highest value (default: 3e-3)")
-    group.add_argument("--warmup-steps", type=int, metavar="N", help="until then (default: a tenth, at most 50)")
-    group.add_argument("--weight-decay", type=float, metavar="W", help="(default: 0.01)")
-    group.add_argument("--max-norm", type=float, metavar="L", help="of the gradient; inf never clips (default: 1)")
-    group.add_argument("--seed", type=int, help="of the order, the tiny model and what is held out (default: 0)")
-    group = parser.add_argument_group("the run")
-    group.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="(default: run)")
-    group.add_argument("--evaluate-every", type=int, metavar="STEPS", help="(default: a tenth of the run)")
-    group.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 50)")
-    group.add_argument("--resume", action="store_true", default=False, help="go on with the run in the folder")
-    group.add_argument(
-        "--dry-run", action="store_true", default=False, help="show the first batch and its size, and write nothing"
-    )
+    add_options(parser)
     parser.set_defaults(run=_train)
 
 
@@ -154,7 +115,7 @@ def _resumed(folder: Path, given: dict[str, object]) -> RunSettings:
     for name, value in given.items():
         began_with = getattr(stored, name)
         if _absolute(name, value) != began_with and name not in _MAY_CHANGE:
-            option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
+            option = OPTION_NAMES.get(name, "--" + name.replace("_", "-"))
             raise ValueError(f"{option}: got {value}; the run in {folder} began with {began_with}")
     return replace(stored, **{name: given[name] for name in _MAY_CHANGE if name in given})
 
@@ -253,7 +214,7 @@ def _words(error: BaseException) -> str:
     known = {field.name for field in fields(RunSettings)} | {"device"}
 
     def as_option(name: re.Match) -> str:
-        return _OPTIONS.get(name[1], "--" + name[1].replace("_", "-")) + name[2] if name[1] in known else name[0]
+        return OPTION_NAMES.get(name[1], "--" + name[1].replace("_", "-")) + name[2] if name[1] in known else name[0]
 
     return re.sub(r"(?<![\w-])(\w+)(: got|:? \d)", as_option, str(error)) or type(error).__name__
 

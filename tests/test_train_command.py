@@ -211,6 +211,16 @@ def test_nothing_need_be_held_out(folder: Path, capsys):
     assert not any("answers" in line for line in read_metrics(folder / "run" / METRICS))
 
 
+def test_a_terminal_sees_a_bar(capsys, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    status, out, _ = train(capsys)
+    assert status == 0
+    assert re.search(r"100%\|[█#]+\| 10/10 .*NLL \d\.\d{4}, [\d,]+ response tokens/s", terminal.getvalue())
+    assert out.count("response tokens/s") == 4  # a line for each evaluation
+
+
 # --- before it begins ---
 
 
