@@ -5,6 +5,8 @@ import gc
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -502,6 +504,15 @@ def test_a_closed_lab_has_no_thread_and_is_let_go(make):
     del lab
     gc.collect()
     assert reference() is None
+
+
+def test_a_process_ends_quietly_while_a_lab_trains():
+    code = (
+        "import time; from sft_edu.tasks import make_examples; from sft_edu.widgets import TrainingLab;"
+        "lab = TrainingLab(make_examples(200)); lab.start(); time.sleep(1); print(lab.running)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -20,6 +19,7 @@ from sft_edu.train import Record
 from sft_edu.train_config import OPTIMIZERS
 from sft_edu.widgets import state, training_view
 from sft_edu.widgets.answers import Answers
+from sft_edu.widgets.background import Background
 from sft_edu.widgets.curves import Curves
 from sft_edu.widgets.lab import Lab, between, labelled, one_of
 from sft_edu.widgets.training_run import LOOKS, Examples, Material, TrainingRun, built_in, own_settings
@@ -89,9 +89,7 @@ class TrainingLab(Lab):
         self._asked = "held-out" if examples is None or held_out is not None else "training"
         self._run: TrainingRun | None = None
         self._before: TrainingRun | None = None
-        self._stop = threading.Event()  # of the training that is going on, if any
-        self._stop.set()
-        self._turn = threading.Lock()  # whoever trains has it
+        self._training = Background(self._draw_end, name="TrainingLab")
         self._rate = 0.0  # tokens a second
         super().__init__(
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -116,7 +114,7 @@ class TrainingLab(Lab):
     @property
     def running(self) -> bool:
         """Whether it trains."""
-        return not self._stop.is_set()
+        return self._training.running
 
     @property
     def exact_match(self) -> float:
@@ -136,18 +134,14 @@ class TrainingLab(Lab):
     def start(self, steps: int | None = None) -> None:
         """Train in the background, to the end or for so many optimizer steps. If it does that already, go on."""
         with self._lock:
-            if self.running or self._run.finished:
-                return
-            self._stop = threading.Event()
-            thread = threading.Thread(target=self._train, args=(self._stop, steps), name="TrainingLab", daemon=True)
-            self._draw()
-            thread.start()
+            if not self._run.finished:
+                self._training.start(lambda should_stop: self._train(should_stop, steps))
+                self._draw()
 
     def pause(self) -> None:
         """Stop after the microbatch at hand, and wait for that."""
-        self._stop.set()
-        with self._turn:
-            pass
+        self._training.stop()
+        self._training.wait()
 
     def run(self, steps: int | None = None) -> None:
         """Train here and now, to the end or for so many optimizer steps.
@@ -156,12 +150,9 @@ class TrainingLab(Lab):
             KeyboardInterrupt: the kernel was interrupted. The microbatch is finished, and the run can go on.
             Exception: what ended the run; the lab shows it too.
         """
-        with self._lock:
-            self._stop.set()
-            self._stop = threading.Event()
         with stops_on_interrupt() as interrupted:
-            run = self._train(self._stop, steps, interrupted)
-        if run.error is not None:
+            run = self._training.here(lambda should_stop: self._train(lambda: should_stop() or interrupted(), steps))
+        if run is not None and run.error is not None:
             raise run.error
         if interrupted():
             raise KeyboardInterrupt
@@ -169,44 +160,36 @@ class TrainingLab(Lab):
     def reset(self) -> None:
         """Back to the settings with which the lab was made, before any training, and with nothing to compare with."""
         with self._lock:
-            self._stop.set()
+            self._training.stop()
             super().reset()
             self._before = None
             self._draw()
 
     def close(self) -> None:
         """End the training too."""
-        if hasattr(self, "_turn"):
+        if hasattr(self, "_training"):
             self.pause()
         super().close()
 
-    def _train(
-        self, stop: threading.Event, steps: int | None, interrupted: Callable[[], bool] = lambda: False
-    ) -> TrainingRun:
-        """Until it is stopped, interrupted or finished. Nobody waits for the lock meanwhile but to draw."""
-        with self._turn, own_settings():
-            try:
-                run = self._run
-                until = math.inf if steps is None else run.training.step + steps
-                start, drawn, tokens = time.monotonic(), time.monotonic(), run.num_tokens
-                while not (stop.is_set() or interrupted() or run.finished or run.training.step >= until):
-                    run.advance()
-                    now = time.monotonic()
-                    if now - drawn >= _PAUSE:
-                        self._rate, drawn = (run.num_tokens - tokens) / (now - start), now
-                        self._draw()
-                    if run is not self._run and steps is None:  # a setting was changed: go on with the new run
-                        run, start, tokens = self._run, now, 0
-                    elif run is not self._run:
-                        break
-                if steps is not None:
-                    run.look()
-                return run
-            finally:
-                with self._lock:
-                    stop.set()
-                    self._rate = 0.0
+    def _train(self, should_stop: Callable[[], bool], steps: int | None) -> TrainingRun:
+        """Until it is told to stop or finished. Nobody waits for the lock meanwhile, but to draw."""
+        with own_settings():
+            run = self._run
+            until = math.inf if steps is None else run.training.step + steps
+            start, drawn, tokens = time.monotonic(), time.monotonic(), run.num_tokens
+            while not (should_stop() or run.finished or run.training.step >= until):
+                run.advance()
+                now = time.monotonic()
+                if now - drawn >= _PAUSE:
+                    self._rate, drawn = (run.num_tokens - tokens) / (now - start), now
                     self._draw()
+                if run is not self._run and steps is None:  # a setting was changed: go on with the new run
+                    run, start, tokens = self._run, now, 0
+                elif run is not self._run:
+                    break
+            if steps is not None:
+                run.look()
+            return run
 
     @traitlets.validate("rule", "optimizer")
     def _check_name(self, proposal) -> str:
@@ -259,9 +242,8 @@ class TrainingLab(Lab):
     def _go_by_hand(self) -> None:
         """The one button that starts, pauses and resumes. A hand does not wait for the microbatch."""
         if self.running:
-            self._stop.set()
-            with self._lock:
-                self._draw()
+            self._training.stop()
+            self._draw()
         else:
             self.start()
 
@@ -276,6 +258,10 @@ class TrainingLab(Lab):
         with self._lock:
             self._drawn += 1
             self._show()
+
+    def _draw_end(self) -> None:
+        self._rate = 0.0
+        self._draw()
 
     def _show(self) -> None:
         run, running = self._run, self.running
