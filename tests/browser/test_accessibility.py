@@ -15,13 +15,14 @@ from .lab_page import LabPage
 
 AXE = "axe-core@4.10.3"
 SETUP = """
-from sft_edu.widgets import AccumulationLab, MaskLab, Prediction, ScalingLab, StepLab
+from sft_edu.widgets import AccumulationLab, MaskLab, Prediction, ScalingLab, StepLab, TrainingLab
 """
 VIEWS = {
     "MaskLab": 'MaskLab(["Q: 1+1?", "Say ok."], ["2", "ok"])',
     "StepLab": "StepLab()",
     "AccumulationLab": "AccumulationLab()",
     "ScalingLab": "ScalingLab()",
+    "TrainingLab": "lab = TrainingLab()\nlab.run(1)\nlab",
     "Prediction": 'Prediction("Which loss?", ["0.4000", "0.7000"], "0.7000", "It is divided by G twice.")',
 }
 RUN = """
