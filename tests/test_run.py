@@ -79,6 +79,19 @@ def test_the_first_step_the_last_and_every_kth_are_evaluated(tmp_path: Path):
     assert seen[-1] | EVALUATION(run.training.model).as_dict() == seen[-1]
 
 
+def test_the_lines_are_on_the_disk_before_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or else a power cut could leave a checkpoint that knows steps without lines."""
+    run, flushed, real = RunFolder(tmp_path, training()), [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino == (tmp_path / METRICS).stat().st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train_into(run, checkpoint_every=5)
+    assert flushed == [True, False] * 2
+
+
 def test_what_is_no_number_is_null(tmp_path: Path):
     line = {"step": 1, "nll": math.nan, "answers": [{"text": "NaN", "scores": (math.inf, 1.5)}]}
     (tmp_path / METRICS).write_text(as_json(line) + "\n")
