@@ -13,9 +13,9 @@ import torch
 
 from sft_edu import TinyLM, default_device, split_minibatch
 from sft_edu.ragged import ragged_minibatch
-from sft_edu.rank_costs import ddp_traffic, fsdp_traffic
-from sft_edu.real_ranks import run_ranks
-from sft_edu.step_costs import Size, StepCost, growth, peak_allocated, seconds_per_token, step_cost
+from sft_edu.ranks.costs import ddp_traffic, fsdp_traffic
+from sft_edu.ranks.real import run_ranks
+from sft_edu.ranks.step_costs import Size, StepCost, growth, peak_allocated, seconds_per_token, step_cost
 
 SWEEPS = {
     "microbatch_size": (1, 2, 4, 8, 16, 32),

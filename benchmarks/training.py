@@ -18,10 +18,10 @@ ROUNDS = 5
 LOOP = """
 import torch
 torch.set_num_threads(1)
-from sft_edu.encode import encode
-from sft_edu.tiny_run import TINY_CONFIG, tiny_examples, tiny_model
+from sft_edu.data.encode import encode
+from sft_edu.training.tiny_run import TINY_CONFIG, tiny_examples, tiny_model
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import Training
+from sft_edu.training.train import Training
 for _ in Training(tiny_model(), encode(tiny_examples(), ByteTokenizer()), TINY_CONFIG, pad_token_id=256):
     pass
 """

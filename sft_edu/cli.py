@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from sft_edu.audit import audit_step
 from sft_edu.audit.report import KNOWN, StepAudit
-from sft_edu.lab_command import add_lab
-from sft_edu.load_target import TargetError, target_function
-from sft_edu.train_command import add_train
+from sft_edu.commands.lab import add_lab
+from sft_edu.commands.load_target import TargetError, target_function
+from sft_edu.commands.train import add_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from sft_edu.encode import Encoded, collate, padding_token
+from sft_edu.data.encode import Encoded, collate, padding_token
 
 
 class Tokenizer(Protocol):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft_edu import checkpoint
-from sft_edu.checkpoint import DamagedCheckpointWarning, load_checkpoint, save_checkpoint, set_random_state
+from sft_edu.training import checkpoint
+from sft_edu.training.checkpoint import DamagedCheckpointWarning, load_checkpoint, save_checkpoint, set_random_state
 
 
 def state_of(number: int) -> dict[str, object]:

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from sft_edu.cli import main
-from sft_edu.run import read_metrics
-from sft_edu.tiny_run import load_tiny_model
+from sft_edu.training.run import read_metrics
+from sft_edu.training.tiny_run import load_tiny_model
 
 HERE = Path(__file__).parent / "ranks"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sft_edu.cli import main
-from sft_edu.lessons import Lesson, lessons
+from sft_edu.course.lessons import Lesson, lessons
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,11 +6,11 @@ import re
 import pytest
 from test_encode import CHATML, hugging_face
 
-from sft_edu.dry_run import describe_run, show_mask
-from sft_edu.encode import encode
-from sft_edu.examples import Conversation, Example, Message
-from sft_edu.prepare_run import prepare_run
-from sft_edu.run_settings import RunSettings
+from sft_edu.commands.dry_run import describe_run, show_mask
+from sft_edu.commands.prepare_run import prepare_run
+from sft_edu.commands.run_settings import RunSettings
+from sft_edu.data.encode import encode
+from sft_edu.data.examples import Conversation, Example, Message
 from sft_edu.scaling import RULES
 from sft_edu.tokens import ByteTokenizer
 

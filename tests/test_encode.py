@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sft_edu import ByteTokenizer, TinyLM, tokenize_prompt_and_output
-from sft_edu.encode import Encoded, EncodedExamples, collate, encode, padding_token
-from sft_edu.examples import Conversation, Example, Message
-from sft_edu.train import TrainConfig, Training
+from sft_edu.data.encode import Encoded, EncodedExamples, collate, encode, padding_token
+from sft_edu.data.examples import Conversation, Example, Message
+from sft_edu.training.train import TrainConfig, Training
 
 BYTES = ByteTokenizer()
 TALK = Conversation(

@@ -9,14 +9,14 @@ from test_encode import CHATML, MARKED, WORDS, hugging_face
 from test_train import encoded, tiny, weights
 from torch import nn
 
-from sft_edu.encode import encode
-from sft_edu.evaluate import Answer, Evaluation
-from sft_edu.examples import Conversation, Example, Message
-from sft_edu.generate import greedy
+from sft_edu.data.encode import encode
+from sft_edu.data.examples import Conversation, Example, Message
+from sft_edu.data.tasks import make_examples
 from sft_edu.model import TinyLM
-from sft_edu.tasks import make_examples
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import TrainConfig, Training
+from sft_edu.training.evaluate import Answer, Evaluation
+from sft_edu.training.generate import greedy
+from sft_edu.training.train import TrainConfig, Training
 
 BYTES = ByteTokenizer()
 SUMS = [Example("1 + 1 =", "2"), Example("2 + 2 =", "4"), Example("3 + 3 =", "6"), Example("4 + 4 =", "8")]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sft_edu.generate import greedy, undisturbed
 from sft_edu.model import TinyLM
+from sft_edu.training.generate import greedy, undisturbed
 
 EOS, PAD = 5, 0
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from sft_edu import ByteTokenizer, TinyLM, jsonl
-from sft_edu.encode import encode
-from sft_edu.examples import Conversation, Example, Message
-from sft_edu.jsonl import JsonlError, load_jsonl
-from sft_edu.train import TrainConfig, Training
+from sft_edu import ByteTokenizer, TinyLM
+from sft_edu.data import jsonl
+from sft_edu.data.encode import encode
+from sft_edu.data.examples import Conversation, Example, Message
+from sft_edu.data.jsonl import JsonlError, load_jsonl
+from sft_edu.training.train import TrainConfig, Training
 
 USER, ASSISTANT = {"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "4"}
 CHAT = (Message("user", "2 + 2 ="), Message("assistant", "4"))

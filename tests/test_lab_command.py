@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import sft_edu.lab_check
-import sft_edu.lab_command
-import sft_edu.lesson_folder
+import sft_edu.commands.lab
+import sft_edu.commands.lab_check
+import sft_edu.course.lesson_folder
 from sft_edu.cli import main
-from sft_edu.lesson_folder import MANIFEST, copy_lessons
-from sft_edu.lessons import course_folder
-from sft_edu.progress import VARIABLE
+from sft_edu.course.lesson_folder import MANIFEST, copy_lessons
+from sft_edu.course.lessons import course_folder
+from sft_edu.course.progress import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ROOT / "sft_edu" / "jupyter_settings"
@@ -40,7 +40,7 @@ def course(tmp_path, monkeypatch) -> Path:
     (folder / "docs").mkdir()
     for name in ("notebooks/00.ipynb", "notebooks/01.ipynb", "docs/audit.md", "notebooks/.ipynb_checkpoints/00.ipynb"):
         (folder / name).write_text(f"{name}, version 1")
-    monkeypatch.setattr(sft_edu.lesson_folder, "course_folder", lambda: folder)
+    monkeypatch.setattr(sft_edu.course.lesson_folder, "course_folder", lambda: folder)
     return folder
 
 
@@ -102,7 +102,7 @@ def test_without_its_manifest_every_file_counts_as_edited(course, mine, content)
 
 def test_an_interrupted_copy_goes_on(course, mine, monkeypatch):
     """Stopped before each of its writes in turn, in a new folder and in an update."""
-    replace = sft_edu.lesson_folder._replace
+    replace = sft_edu.course.lesson_folder._replace
     for version in (1, 2):
         for name in ("notebooks/00.ipynb", "notebooks/01.ipynb", "docs/audit.md"):
             (course / name).write_text(f"{name}, version {version}")
@@ -116,12 +116,12 @@ def test_an_interrupted_copy_goes_on(course, mine, monkeypatch):
                     raise KeyboardInterrupt
                 replace(path, content)
 
-            monkeypatch.setattr(sft_edu.lesson_folder, "_replace", stopping)
+            monkeypatch.setattr(sft_edu.course.lesson_folder, "_replace", stopping)
             try:
                 copy_lessons(mine)
             except KeyboardInterrupt:
                 assert not list(mine.rglob("*.unfinished"))
-        monkeypatch.setattr(sft_edu.lesson_folder, "_replace", replace)
+        monkeypatch.setattr(sft_edu.course.lesson_folder, "_replace", replace)
         copy_lessons(mine)
         assert contents(mine)["notebooks/00.ipynb"] == f"notebooks/00.ipynb, version {version}"
     assert contents(mine)["notebooks/01.ipynb"] == "my answers"
@@ -166,7 +166,7 @@ def started(monkeypatch):
     """The commands that would have started JupyterLab, each with its environment."""
     calls = []
     monkeypatch.setattr(
-        sft_edu.lab_command, "_start", lambda command, environment: calls.append((command, environment)) or 0
+        sft_edu.commands.lab, "_start", lambda command, environment: calls.append((command, environment)) or 0
     )
     return calls
 
@@ -229,13 +229,15 @@ def test_in_place_opens_the_repository_and_copies_nothing(tmp_path, capsys, star
     assert started[0][1][VARIABLE] == str(ROOT)
     assert not list(tmp_path.iterdir())
     assert not (ROOT / MANIFEST).exists()
-    monkeypatch.setattr(sft_edu.lab_command, "course_folder", lambda: tmp_path)
+    monkeypatch.setattr(sft_edu.commands.lab, "course_folder", lambda: tmp_path)
     assert run(capsys, "--in-place")[0] == 2
 
 
 def test_a_missing_extra_is_named_with_the_line_that_installs_it(tmp_path, capsys, started, monkeypatch):
-    version = sft_edu.lab_check._version
-    monkeypatch.setattr(sft_edu.lab_check, "_version", lambda name: None if name == "jupyterlab" else version(name))
+    version = sft_edu.commands.lab_check._version
+    monkeypatch.setattr(
+        sft_edu.commands.lab_check, "_version", lambda name: None if name == "jupyterlab" else version(name)
+    )
     status, out, err = run(capsys, "--folder", tmp_path / "mine")
     assert (status, out, started) == (2, "", [])
     assert "Not installed: jupyterlab." in err
@@ -269,8 +271,8 @@ def test_the_check_finds_this_machine_ready_and_writes_nothing(tmp_path, capsys,
     [("jupyterlab", "3.6.8", "<5,>=4.2"), ("torch", "2.6.0", ">=2.7"), ("anywidget", "1.0.0", "<1,>=0.9")],
 )
 def test_a_version_out_of_range_is_told(capsys, monkeypatch, name, version, range_):
-    real = sft_edu.lab_check._version
-    monkeypatch.setattr(sft_edu.lab_check, "_version", lambda asked: version if asked == name else real(asked))
+    real = sft_edu.commands.lab_check._version
+    monkeypatch.setattr(sft_edu.commands.lab_check, "_version", lambda asked: version if asked == name else real(asked))
     status, out, _ = run(capsys, "--check")
     assert status == 1
     assert f"{version}, not {range_}" in lines(out)[name]
@@ -362,7 +364,7 @@ def test_lessons_open_from_a_wheel_and_leave_other_settings_alone(installed, tmp
     # Jupyter notes there that it has looked for settings of its predecessor.
     assert {path.name for path in home.rglob("*") if ".jupyter" in path.parts} <= {".jupyter", "migrated"}
     assert contents(tmp_path / "sft_edu_lessons").keys() == {
-        path.relative_to(course_folder()).as_posix() for path in sft_edu.lesson_folder._shipped()
+        path.relative_to(course_folder()).as_posix() for path in sft_edu.course.lesson_folder._shipped()
     }
 
 
@@ -379,7 +381,7 @@ def fetch(server: subprocess.Popen, log: Path, port: int, path: str, seconds: fl
 
 def test_the_server_takes_our_connection(tmp_path):
     """What `sft-edu lab` puts into the environment, read as Jupyter reads it."""
-    environment = os.environ | sft_edu.lab_command._environment(tmp_path) | {"HOME": str(tmp_path)}
+    environment = os.environ | sft_edu.commands.lab._environment(tmp_path) | {"HOME": str(tmp_path)}
     command = [sys.executable, "-m", "jupyterlab", "--show-config-json"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert "PromptConnection" in shown

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_train import encoded, tiny, weights
 
-from sft_edu.encode import collate
-from sft_edu.patterns import train_basic, train_with_clipping, train_with_logging
-from sft_edu.train import Record, Training
-from sft_edu.train_config import TrainConfig, make_optimizer
+from sft_edu.data.encode import collate
+from sft_edu.training.patterns import train_basic, train_with_clipping, train_with_logging
+from sft_edu.training.train import Record, Training
+from sft_edu.training.train_config import TrainConfig, make_optimizer
 
 # AdamW would blow rounding up where a gradient is almost 0.
 CONFIG = TrainConfig(

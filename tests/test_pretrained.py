@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from sft_edu import TinyLM, default_device, get_response_log_probs, head, sft_microbatch_train_step
-from sft_edu.encode import collate, encode, padding_token
-from sft_edu.examples import Example
-from sft_edu.pretrained import ModelLoadError, context_length, load_model, save_model
-from sft_edu.train import TrainConfig, Training
+from sft_edu.data.encode import collate, encode, padding_token
+from sft_edu.data.examples import Example
+from sft_edu.training.pretrained import ModelLoadError, context_length, load_model, save_model
+from sft_edu.training.train import TrainConfig, Training
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [Example("up: cat\n", "CAT"), Example("up: a\n", "A"), Example("up: horse\n", "HORSE"), Example("hi", "HI")]
@@ -304,7 +304,7 @@ def test_without_transformers_the_extra_is_named(saved, monkeypatch):
 
 PROGRAM = """
 import sys
-from sft_edu.pretrained import ModelLoadError, load_model
+from sft_edu.training.pretrained import ModelLoadError, load_model
 for name in sys.argv[1:]:
     try:
         print(name, type(load_model(name)[0]).__name__)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import sft_edu.progress
+import sft_edu.course.progress
 from sft_edu import exercises
-from sft_edu.lessons import course_folder, lessons
-from sft_edu.progress import MANIFEST, PROGRESS, VARIABLE, Progress, current
+from sft_edu.course.lessons import course_folder, lessons
+from sft_edu.course.progress import MANIFEST, PROGRESS, VARIABLE, Progress, current
 from sft_edu.widgets import Prediction, StartPage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +154,7 @@ def test_a_folder_in_the_place_of_the_file_does_no_harm(folder):
 
 def test_lessons_that_are_open_at_once_lose_nothing(folder):
     program = (
-        "import sys; from pathlib import Path; from sft_edu.progress import Progress\n"
+        "import sys; from pathlib import Path; from sft_edu.course.progress import Progress\n"
         "for i in range(25): Progress(Path(sys.argv[1])).predicted(f'{sys.argv[2]} {i}', 'a', True)"
     )
     outside = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -195,7 +195,7 @@ def test_the_start_page_links_every_lesson():
 
 
 def test_a_title_is_text(monkeypatch):
-    bad = sft_edu.lessons.Lesson("00_x", "<img onerror=x>", 1, (), ("check_x",))
+    bad = sft_edu.course.lessons.Lesson("00_x", "<img onerror=x>", 1, (), ("check_x",))
     monkeypatch.setattr("sft_edu.widgets.start_page.lessons", lambda: [bad])
     assert "<img" not in StartPage()._repr_html_()
 

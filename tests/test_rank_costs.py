@@ -4,8 +4,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from sft_edu.plots import Growth, GrowthPanel, growth_figure
-from sft_edu.rank_costs import all_reduce_bytes, ddp_traffic, fsdp_traffic, state_bytes
-from sft_edu.real_ranks import EngineCosts, RealRanks
+from sft_edu.ranks.costs import all_reduce_bytes, ddp_traffic, fsdp_traffic, state_bytes
+from sft_edu.ranks.real import EngineCosts, RealRanks
 from sft_edu.widgets.rank_costs_view import show_rank_costs
 
 

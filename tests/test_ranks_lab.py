@@ -12,7 +12,7 @@ from test_widgets import close, find
 
 from sft_edu import TinyLM, compare, full_batch_gradient, split_minibatch
 from sft_edu.ragged import ragged_minibatch
-from sft_edu.simulated_ranks import RANK_DENOMINATORS, deal, microbatch_sums
+from sft_edu.ranks.simulated import RANK_DENOMINATORS, deal, microbatch_sums
 from sft_edu.widgets import Bars, RanksLab, SavePicture
 
 OPENING = """\

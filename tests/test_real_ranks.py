@@ -14,9 +14,9 @@ import torch
 
 from sft_edu import TinyLM, compare, full_batch_gradient, split_minibatch
 from sft_edu.ragged import ragged_minibatch
-from sft_edu.rank_costs import ddp_traffic, fsdp_traffic, state_bytes
-from sft_edu.real_ranks import RankFailed, run_ranks
-from sft_edu.simulated_ranks import RANK_DENOMINATORS, deal, microbatch_sums
+from sft_edu.ranks.costs import ddp_traffic, fsdp_traffic, state_bytes
+from sft_edu.ranks.real import RankFailed, run_ranks
+from sft_edu.ranks.simulated import RANK_DENOMINATORS, deal, microbatch_sums
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -45,7 +45,7 @@ def workers(parent=None):
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(parent).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "sft_edu.rank_worker" in child.cmdline():
+                if "sft_edu.ranks.worker" in child.cmdline():
                     found.append(child)
     return found
 
@@ -174,7 +174,7 @@ def test_they_end_with_the_process_that_started_them():
     program = (
         "from sft_edu import TinyLM, split_minibatch\n"
         "from sft_edu.ragged import ragged_minibatch\n"
-        "from sft_edu.real_ranks import run_ranks\n"
+        "from sft_edu.ranks.real import run_ranks\n"
         "microbatches = split_minibatch(ragged_minibatch(2, 0.0), 1)\n"
         "run_ranks(TinyLM(d_model=16, num_layers=1, num_heads=2), microbatches, timeout=100, skip_empty=True)\n"
     )

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-import sft_edu.report_page
-from sft_edu.report_page import as_text, in_words, report_page
+import sft_edu.commands.report_page
+from sft_edu.commands.report_page import as_text, in_words, report_page
 
 HOSTILE_PARTS = [
     "<img src=x onerror=alert(1)>",
@@ -65,7 +65,9 @@ def hostile_texts(count: int) -> list[str]:
 
 
 def test_hostile_texts_are_shown_as_text(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sft_edu.report_page, "_svg", lambda lines, dark: "data:")  # shows no texts, and takes time
+    monkeypatch.setattr(
+        sft_edu.commands.report_page, "_svg", lambda lines, dark: "data:"
+    )  # shows no texts, and takes time
     plain = Elements(report_page("run", ["words"], [line(1), line(2)], {"data": "d"}))
     allowed = set(plain.tags)
     for text in hostile_texts(500):

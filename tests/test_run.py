@@ -15,13 +15,13 @@ import pytest
 import torch
 from test_train import encoded, tiny, weights
 
-from sft_edu.checkpoint import load_checkpoint
-from sft_edu.evaluate import Evaluation
-from sft_edu.run import METRICS, RunFolder, as_json, read_metrics, stops_on_interrupt, train_into
-from sft_edu.tasks import make_examples
+from sft_edu.data.tasks import make_examples
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import Training
-from sft_edu.train_config import TrainConfig
+from sft_edu.training.checkpoint import load_checkpoint
+from sft_edu.training.evaluate import Evaluation
+from sft_edu.training.run import METRICS, RunFolder, as_json, read_metrics, stops_on_interrupt, train_into
+from sft_edu.training.train import Training
+from sft_edu.training.train_config import TrainConfig
 
 CONFIG = TrainConfig(microbatch_size=2, gradient_accumulation_steps=3, warmup_steps=2)
 EVALUATION = Evaluation(make_examples(3, split="test"), ByteTokenizer(), num_answers=1)

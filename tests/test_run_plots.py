@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sft_edu.run_plots import run_figure
+from sft_edu.commands.run_plots import run_figure
 
 
 def lines(count: int, *, scored: bool = True) -> list[dict[str, object]]:

@@ -5,7 +5,7 @@ import torch
 
 from sft_edu import TinyLM, compare, full_batch_gradient, get_response_log_probs, split_minibatch
 from sft_edu.ragged import ragged_minibatch
-from sft_edu.simulated_ranks import RANK_DENOMINATORS, deal, microbatch_sums
+from sft_edu.ranks.simulated import RANK_DENOMINATORS, deal, microbatch_sums
 
 RIGHT = "global_over_world"
 MINIBATCH = ragged_minibatch(12, imbalance=1.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sft_edu.one_thread import one_thread
-from sft_edu.step_costs import Size, growth, seconds_per_token, step_cost
+from sft_edu.ranks.step_costs import Size, growth, seconds_per_token, step_cost
 
 
 def costs(name, values):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sft_edu.examples import Example
-from sft_edu.tasks import LONGEST, SHORTEST, TASKS, make_examples
+from sft_edu.data.examples import Example
+from sft_edu.data.tasks import LONGEST, SHORTEST, TASKS, make_examples
 
 PINNED_TRAIN = [
     Example("upper: qprfou\n", "QPRFOU"),

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from sft_edu.accumulate import compare, full_batch_gradient
-from sft_edu.encode import Encoded, collate
+from sft_edu.data.encode import Encoded, collate
+from sft_edu.data.tasks import make_examples
 from sft_edu.model import TinyLM
-from sft_edu.tasks import make_examples
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import OutOfMemory, Training
-from sft_edu.train_config import TrainConfig, learning_rate_at
+from sft_edu.training.train import OutOfMemory, Training
+from sft_edu.training.train_config import TrainConfig, learning_rate_at
 
 TOKENIZER = ByteTokenizer()
 

@@ -23,21 +23,21 @@ from test_jsonl import REFUSED
 from test_report_page import HOSTILE_PARTS, Elements
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import sft_edu.report_page
-from sft_edu import train_command
-from sft_edu.checkpoint import load_checkpoint
+import sft_edu.commands.report_page
 from sft_edu.cli import main
-from sft_edu.evaluate import Evaluation
-from sft_edu.jsonl import load_jsonl
+from sft_edu.commands import train as train_command
+from sft_edu.commands.prepare_run import PRETRAINED_DEFAULTS, prepare_run
+from sft_edu.commands.run_settings import SETTINGS, RunSettings
+from sft_edu.data.jsonl import load_jsonl
 from sft_edu.model import TinyLM
-from sft_edu.prepare_run import PRETRAINED_DEFAULTS, prepare_run
-from sft_edu.pretrained import load_model
-from sft_edu.run import CHECKPOINTS, METRICS, as_json, read_metrics
-from sft_edu.run_settings import SETTINGS, RunSettings
-from sft_edu.tiny_run import load_tiny_model, tiny_examples
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import Training
-from sft_edu.train_config import TrainConfig
+from sft_edu.training.checkpoint import load_checkpoint
+from sft_edu.training.evaluate import Evaluation
+from sft_edu.training.pretrained import load_model
+from sft_edu.training.run import CHECKPOINTS, METRICS, as_json, read_metrics
+from sft_edu.training.tiny_run import load_tiny_model, tiny_examples
+from sft_edu.training.train import Training
+from sft_edu.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -542,7 +542,9 @@ def test_a_disk_that_fails_at_any_write_loses_nothing(whole: Path, folder: Path,
     while True:
         run = folder / f"run-{number}"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sft_edu.report_page, "_svg", lambda lines, dark: "data:")  # writes nothing, and takes time
+            patch.setattr(
+                sft_edu.commands.report_page, "_svg", lambda lines, dark: "data:"
+            )  # writes nothing, and takes time
             disk = Disk(patch, number, kind)
             status, _, err = train(capsys, "--out", run)
             if disk.writes < number:
@@ -578,9 +580,9 @@ def test_a_real_limit_on_the_size_of_files_loses_nothing(whole: Path, folder: Pa
 KILLER = """
 import os, signal, sys, time, torch
 torch.set_num_threads(1)
-import torch._dynamo, sft_edu.report_page  # slow to import, and needed by all
+import torch._dynamo, sft_edu.commands.report_page  # slow to import, and needed by all
 from sft_edu.cli import main
-sft_edu.report_page._svg([{"step": 1}], dark=False)
+sft_edu.commands.report_page._svg([{"step": 1}], dark=False)
 for line in sys.stdin:
     seconds, *arguments = line.split()
     child = os.fork()

@@ -18,11 +18,11 @@ import torch
 import traitlets
 from test_widgets import close, find
 
-from sft_edu.encode import encode
-from sft_edu.tasks import make_examples
-from sft_edu.tiny_run import TINY_CONFIG, tiny_examples, tiny_model
+from sft_edu.data.encode import encode
+from sft_edu.data.tasks import make_examples
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import OutOfMemory, Training
+from sft_edu.training.tiny_run import TINY_CONFIG, tiny_examples, tiny_model
+from sft_edu.training.train import OutOfMemory, Training
 from sft_edu.widgets import Answers, Curves, SavePicture, TrainingLab, training_lab, training_view
 from sft_edu.widgets.training_run import TrainingRun
 
@@ -508,7 +508,7 @@ def test_a_closed_lab_has_no_thread_and_is_let_go(make):
 
 def test_a_process_ends_quietly_while_a_lab_trains():
     code = (
-        "import time; from sft_edu.tasks import make_examples; from sft_edu.widgets import TrainingLab;"
+        "import time; from sft_edu.data.tasks import make_examples; from sft_edu.widgets import TrainingLab;"
         "lab = TrainingLab(make_examples(200)); lab.start(); time.sleep(1); print(lab.running)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sft_edu import exercises, get_response_log_probs, masked_normalize, sft_microbatch_train_step
-from sft_edu.patterns import train_basic, train_with_logging
+from sft_edu.training.patterns import train_basic, train_with_logging
 
 
 class Answer(NamedTuple):

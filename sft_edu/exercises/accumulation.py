@@ -12,11 +12,11 @@ from sft_edu.accumulate import Batch, compare, full_batch_gradient, split_miniba
 from sft_edu.audit.accumulation import audit_accumulation
 from sft_edu.audit.accumulation_report import LOOP_PROBLEMS
 from sft_edu.audit.denominator import TOLERANCE
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.accumulation_mistakes import gradient_problem
 from sft_edu.exercises.guard import call, judged, reading, smallest
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, right, wrong
 from sft_edu.model import TinyLM
-from sft_edu.progress import remembered
 from sft_edu.ragged import ragged_minibatch
 
 _SIZES = (3, 1, 2)  # no two microbatches agree in sequences or in response tokens

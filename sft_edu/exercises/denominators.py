@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.guard import Judged, call, judged, reading, smallest
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, close, numbers, right, wrong
-from sft_edu.progress import remembered
 from sft_edu.scaling import RULES
 
 _SYMBOLS = ("B", "G", "c", "n", "N")

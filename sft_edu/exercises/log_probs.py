@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.guard import Judged, as_floats, call, judged, reading, smallest
 from sft_edu.exercises.log_probs_mistakes import named_mistake
 from sft_edu.exercises.verdict import Verdict, close, difference, numbers, right, wrong
-from sft_edu.progress import remembered
 
 
 class Bigrams(nn.Module):

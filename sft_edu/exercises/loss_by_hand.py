@@ -6,8 +6,8 @@ from numbers import Real
 
 import torch
 
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, close, right, wrong
-from sft_edu.progress import remembered
 from sft_edu.step import sft_microbatch_train_step
 
 _LOG_PROBS = torch.tensor([[-0.5, -0.3, -0.8, -0.2], [-0.4, -0.6, -0.3, -0.5]], dtype=torch.float64)

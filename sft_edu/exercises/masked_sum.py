@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.guard import Judged, as_floats, call, judged, reading, smallest
 from sft_edu.exercises.verdict import Verdict, close, difference, numbers, right, wrong
-from sft_edu.progress import remembered
 
 _NAN = float("nan")
 

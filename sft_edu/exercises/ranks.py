@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.guard import Judged, call, judged, reading, smallest
 from sft_edu.exercises.verdict import Verdict, close, numbers, right, wrong
-from sft_edu.progress import remembered
 
 _NO_GRAPH = "Look for detach, item or no_grad."
 _EXPECTED = "a tensor with one element, a float"

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 from sft_edu.audit.words import name_of
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.guard import Judged, call, judged, reading, smallest
 from sft_edu.exercises.verdict import Verdict, numbers, right, wrong
 from sft_edu.masks import PRESETS
-from sft_edu.progress import remembered
 from sft_edu.tokens import ByteTokenizer, tokenize_prompt_and_output
 
 _LENGTHS = [(3, 2), (1, 4), (5, 3), (2, 1)]

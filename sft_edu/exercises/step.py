@@ -11,10 +11,10 @@ import torch
 from sft_edu import checks, closed_form
 from sft_edu.audit import audit_step
 from sft_edu.audit.report import PROBLEMS
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.guard import as_floats, call, judged, reading, smallest
 from sft_edu.exercises.step_mistakes import gradient_problem
 from sft_edu.exercises.verdict import Verdict, close, difference, numbers, right, wrong
-from sft_edu.progress import remembered
 
 _TOKENS = 41  # N; more than any microbatch here has
 

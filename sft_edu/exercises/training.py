@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
+from sft_edu.course.progress import remembered
 from sft_edu.exercises.guard import call, judged, reading, smallest
 from sft_edu.exercises.training_mistakes import named_mistake
 from sft_edu.exercises.training_runs import LEARNING_RATE, RIGHT, Minibatches, flat_weights, fresh_model, train_as
 from sft_edu.exercises.verdict import NOT_STARTED, Verdict, right, wrong
-from sft_edu.progress import remembered
 
 _PROMPT, _LONGEST = 2, 8
 

@@ -7,7 +7,7 @@ from html import escape
 
 import ipywidgets
 
-from sft_edu.progress import current
+from sft_edu.course.progress import current
 from sft_edu.widgets.figure import with_text_and_picture
 from sft_edu.widgets.keyboard import KeyboardGuard
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from sft_edu.plots import INK, Growth, GrowthPanel, growth_figure
-from sft_edu.rank_costs import MIXED_PRECISION_BYTES, STATES, ddp_traffic, fsdp_traffic, state_bytes
-from sft_edu.real_ranks import RealRanks
+from sft_edu.ranks.costs import MIXED_PRECISION_BYTES, STATES, ddp_traffic, fsdp_traffic, state_bytes
+from sft_edu.ranks.real import RealRanks
 from sft_edu.widgets.figure import FigureView
 from sft_edu.widgets.table import text_table
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sft_edu.accumulate import Comparison, compare, split_minibatch
 from sft_edu.plots import bar_figure
-from sft_edu.simulated_ranks import RANK_DENOMINATORS, MicrobatchSums, RanksResult, deal, microbatch_sums
+from sft_edu.ranks.simulated import RANK_DENOMINATORS, MicrobatchSums, RanksResult, deal, microbatch_sums
 from sft_edu.widgets import experiments, state
 from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.lab import Lab, between, labelled, one_of
@@ -28,7 +28,7 @@ _COLOURS = {"local": "microbatch_token_mean", "local_times_world": "neutral", "g
 class RanksLab(Lab):
     """Real sequences dealt to W simulated ranks, on a tiny model in float64; one sequence is one microbatch.
 
-    Drive it by hand or from code: `lab.world_size = 64; lab`. `simulated_ranks.py` says how the ranks are simulated.
+    Drive it by hand or from code: `lab.world_size = 64; lab`. `ranks/simulated.py` says how the ranks are simulated.
 
     Args:
         world_size: W, 1 to 64.

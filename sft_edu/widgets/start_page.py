@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from sft_edu.lessons import Lesson, lessons
-from sft_edu.progress import PROGRESS, Progress, current
+from sft_edu.course.lessons import Lesson, lessons
+from sft_edu.course.progress import PROGRESS, Progress, current
 from sft_edu.widgets.table import text_table
 
 _COLUMNS = ("lesson", "minutes", "predictions", "exercise")

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from sft_edu.plots import curve_figure
-from sft_edu.run import stops_on_interrupt
 from sft_edu.scaling import RULES
-from sft_edu.train import Record
-from sft_edu.train_config import OPTIMIZERS
+from sft_edu.training.run import stops_on_interrupt
+from sft_edu.training.train import Record
+from sft_edu.training.train_config import OPTIMIZERS
 from sft_edu.widgets import state, training_view
 from sft_edu.widgets.answers import Answers
 from sft_edu.widgets.background import Background

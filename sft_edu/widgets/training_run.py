@@ -11,13 +11,13 @@ from functools import lru_cache
 
 import torch
 
-from sft_edu.encode import Encoded, encode
-from sft_edu.evaluate import Evaluation, Scores
-from sft_edu.examples import Conversation, Example
+from sft_edu.data.encode import Encoded, encode
+from sft_edu.data.examples import Conversation, Example
 from sft_edu.model import default_device
-from sft_edu.tiny_run import TINY_CONFIG, TINY_LENGTH, tiny_examples, tiny_model
 from sft_edu.tokens import ByteTokenizer
-from sft_edu.train import Record, Training
+from sft_edu.training.evaluate import Evaluation, Scores
+from sft_edu.training.tiny_run import TINY_CONFIG, TINY_LENGTH, tiny_examples, tiny_model
+from sft_edu.training.train import Record, Training
 
 LOOKS = 40  # at the held-out examples, in a run
 _OWN_SEQUENCES = 12_800  # that a run on people's own examples sees

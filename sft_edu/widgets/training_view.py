@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from sft_edu.digits import fixed
-from sft_edu.train import Record
+from sft_edu.training.train import Record
 from sft_edu.widgets.training_run import TrainingRun
 
 X_TITLE = "sequences seen, in thousands"

@@ -5,7 +5,7 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from sft_edu.progress import MANIFEST, PROGRESS
+from sft_edu.course.progress import MANIFEST, PROGRESS
 
 from .lab_page import LabPage, Server
 

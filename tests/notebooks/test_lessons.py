@@ -13,7 +13,7 @@ import pytest
 from colab_cell import SOURCE, add
 from run_notebooks import clean
 
-from sft_edu.lessons import lessons
+from sft_edu.course.lessons import lessons
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 LESSONS = sorted(FOLDER.glob("[0-9]*.ipynb"))

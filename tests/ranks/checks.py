@@ -18,12 +18,12 @@ from runs import encoded, tiny
 from torch.profiler import ProfilerActivity, profile
 
 from sft_edu.accumulate import compare
-from sft_edu.distributed import Ranks
-from sft_edu.one_process import OneProcess
-from sft_edu.sharded import ShardedRanks
-from sft_edu.torchrun import ranks_from_environment
-from sft_edu.train import Record, Training
-from sft_edu.train_config import TrainConfig
+from sft_edu.ranks.distributed import Ranks
+from sft_edu.ranks.sharded import ShardedRanks
+from sft_edu.ranks.torchrun import ranks_from_environment
+from sft_edu.training.one_process import OneProcess
+from sft_edu.training.train import Record, Training
+from sft_edu.training.train_config import TrainConfig
 
 ENGINES = {"ddp": Ranks, "fsdp": ShardedRanks}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

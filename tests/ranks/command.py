@@ -11,7 +11,7 @@ import torch
 from processes import run_ranks
 
 from sft_edu.cli import main
-from sft_edu.train import Training
+from sft_edu.training.train import Training
 
 
 def run(rank: int) -> None:

@@ -17,10 +17,10 @@ import torch
 from processes import run_ranks
 from runs import encoded, tiny
 
-from sft_edu.run import RunFolder, train_into
-from sft_edu.torchrun import ranks_from_environment
-from sft_edu.train import Training
-from sft_edu.train_config import TrainConfig
+from sft_edu.ranks.torchrun import ranks_from_environment
+from sft_edu.training.run import RunFolder, train_into
+from sft_edu.training.train import Training
+from sft_edu.training.train_config import TrainConfig
 
 STEP = 7
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from sft_edu.encode import Encoded, encode
+from sft_edu.data.encode import Encoded, encode
+from sft_edu.data.tasks import make_examples
 from sft_edu.model import TinyLM
-from sft_edu.tasks import make_examples
 from sft_edu.tokens import ByteTokenizer
 
 

@@ -1,0 +1,1 @@
+"""What `sft-edu` runs."""

@@ -1,0 +1,58 @@
+"""What is left of a run in the end: the model, a report, and a few sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sft_edu.commands.prepare_run import PreparedRun
+from sft_edu.digits import fixed
+from sft_edu.model import TinyLM
+from sft_edu.training.pretrained import save_model
+from sft_edu.training.run import RunFolder
+from sft_edu.training.tiny_run import save_tiny_model
+from sft_edu.training.whole_file import write_whole
+
+REPORT = "report.html"
+MODEL = "model"  # a folder, or with .pt the file of a tiny model
+
+
+def save_final_model(prepared: PreparedRun, folder: Path) -> Path:
+    """Write the trained model. One that is there already is that of this run: it was resumed after its end."""
+    model = prepared.training.model
+    if isinstance(model, TinyLM):
+        return save_tiny_model(model, folder / f"{MODEL}.pt")
+    path = folder / MODEL
+    return path if path.exists() else save_model(model, prepared.tokenizer, path)
+
+
+def final_words(prepared: PreparedRun, run: RunFolder, model: Path | None) -> list[str]:
+    """How far the run got, how good the model is, what was cut, and where the model lies."""
+    training, lines = prepared.training, run.records()
+    how = "Finished" if training.finished else "Stopped"
+    words = f"{how} after optimizer step {training.step:,} of {training.num_steps:,}"
+    words += f" and {training.microbatch} microbatches of the next." * bool(training.microbatch) or "."
+    sentences = [words, f"Data: {prepared.examples}"]
+    scored = [line for line in lines if "held_out_exact_match" in line]
+    if scored:
+        share, step, total = scored[-1]["held_out_exact_match"], scored[-1]["step"], len(prepared.evaluation.examples)
+        nll = scored[-1]["held_out_nll"]
+        sentences.append(
+            f"Held out, after step {step:,}: {share:.1%} right, {round(share * total):,} of {total:,}; NLL per "
+            f"response token {'no number' if nll is None else fixed(nll)}."
+        )
+    if model:
+        how = (
+            "sft_edu.training.tiny_run.load_tiny_model" if model.is_file() else "sft_edu.training.pretrained.load_model"
+        )
+        sentences.append(f"Model: {model}; {how} reads it, and so does --model.")
+    return sentences
+
+
+def write_report(prepared: PreparedRun, run: RunFolder, words: Sequence[str]) -> Path:
+    """Write `report.html` into the folder of the run."""
+    from sft_edu.commands.report_page import report_page  # matplotlib takes a second
+
+    page = report_page(f"sft-edu train, {run.folder.resolve().name}", words, run.records(), asdict(prepared.settings))
+    return write_whole(run.folder / REPORT, page.encode())

@@ -1,0 +1,1 @@
+"""The lessons as files, a learner's copy of them, and their progress."""
