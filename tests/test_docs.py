@@ -289,3 +289,29 @@ def test_the_api_page_has_every_public_name():
     names = re.findall(r"^### (\S+)$", api_page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     wanted = [name for package in api_page.PACKAGES for name in importlib.import_module(package).__all__]
     assert sorted(names) == sorted(wanted)
+
+
+def map_of_the_house() -> dict[str, int]:
+    """Every file and package of sft_edu that CONTRIBUTING's map names -> its line there."""
+    house = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("    sft_edu/\n")[2]
+    lines = house.partition("    notebooks/")[0].splitlines()
+    named = [re.match(r" {6}(\S.*?)(?:  |$)", line) for line in lines]
+    return {
+        name: number for number, entry in enumerate(named) if entry for name in re.findall(r"(\w+)(?:\.py|/)", entry[1])
+    }
+
+
+def test_the_map_of_the_house_names_every_room():
+    rooms = {path.stem for path in (ROOT / "sft_edu").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert {*map_of_the_house()} == rooms - {"__init__", "__pycache__"}
+
+
+def test_a_module_imports_only_from_modules_above_it_in_the_map():
+    order, upward = map_of_the_house(), []
+    for path in set((ROOT / "sft_edu").rglob("*.py")) - {ROOT / "sft_edu/__init__.py"}:
+        room = path.relative_to(ROOT / "sft_edu").parts[0].removesuffix(".py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # what only type checkers import stands deeper
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("sft_edu."):
+                if order[node.module.split(".")[1]] > order[room]:
+                    upward.append((path.name, node.module))
+    assert upward == []

@@ -331,7 +331,9 @@ def test_a_wheel_holds_all_that_the_repository_has(installed):
 
     assert files(installed / "sft_edu/course/notebooks") == files(ROOT / "notebooks")
     assert files(installed / "sft_edu/course/docs") == files(ROOT / "docs")
-    package = {name for name in files(installed / "sft_edu") if not name.startswith("course")}
+    package = {
+        name for name in files(installed / "sft_edu") if not name.startswith(("course/notebooks", "course/docs"))
+    }
     assert package == files(ROOT / "sft_edu")
     assert {path.name for path in installed.iterdir()} <= {"sft_edu", "bin", "sft_edu-0.1.0.dist-info"}
 
