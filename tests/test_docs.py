@@ -310,8 +310,7 @@ def test_a_module_imports_only_from_modules_above_it_in_the_map():
     order, upward = map_of_the_house(), []
     for path in set((ROOT / "sft_edu").rglob("*.py")) - {ROOT / "sft_edu/__init__.py"}:
         room = path.relative_to(ROOT / "sft_edu").parts[0].removesuffix(".py")
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # what only type checkers import stands deeper
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("sft_edu."):
-                if order[node.module.split(".")[1]] > order[room]:
-                    upward.append((path.name, node.module))
+        statements = ast.parse(path.read_text(encoding="utf-8")).body  # what only type checkers import stands deeper
+        imported = [str(node.module).split(".") for node in statements if isinstance(node, ast.ImportFrom)]
+        upward += [(path.name, *names) for names in imported if names[0] == "sft_edu" and order[names[1]] > order[room]]
     assert upward == []
