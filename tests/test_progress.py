@@ -202,4 +202,4 @@ def test_a_title_is_text(monkeypatch):
 
 def test_nothing_is_kept_by_the_tests_of_the_lessons():
     assert current().folder is None
-    assert "Nothing is kept here" in StartPage().summary()
+    assert "Nothing kept yet" in StartPage().summary()

@@ -43,6 +43,7 @@ class Lab(ipywidgets.VBox):
         self._state_box = ipywidgets.Text(
             continuous_update=False, **labelled("state", "copy it, or paste another", "440px")
         )
+        self._state_box.layout.flex = "1 1 440px"  # a mask of two sentences is long
         self._state_box.observe(self._state_by_hand, "value")
         self._complaint = ipywidgets.HTML()
         save = SavePicture(self.figure, name=type(self).__name__, description=lambda: repr(self))

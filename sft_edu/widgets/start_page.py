@@ -67,4 +67,4 @@ def _keeping(progress: Progress) -> str:
         return f"Kept in {PROGRESS}."
     if progress.folder is not None:
         return f"The folder cannot be written, so {PROGRESS} is not kept."
-    return "Nothing is kept here: start the lessons with sft-edu lab or make lab, and it will be."
+    return "Nothing kept yet: run this cell in sft-edu lab or make lab, and it shows what you did."
