@@ -136,20 +136,34 @@ def audit_eos(make_mask: Callable[[torch.Tensor, torch.Tensor, int], torch.Tenso
 
 @dataclass(frozen=True)
 class Incident:
-    """What people saw, what was shipped, what replaced it, and how to tell them apart: `audit(broken)`."""
+    """What people saw, what was shipped, what replaced it, and how to tell them apart: `audit(broken)`.
+
+    `also_likely` are causes of such a symptom too, and not the one here.
+    """
 
     symptom: str
     cause: str
+    also_likely: tuple[str, ...]
     broken: Callable
     fixed: Callable
     audit: Callable[[Callable], object]
     source: str
 
+    @property
+    def suspects(self) -> list[str]:
+        """The cause among the others, by the alphabet, so that its place tells nothing."""
+        return sorted((self.cause, *self.also_likely))
+
 
 INCIDENTS: dict[str, Incident] = {
     "mean of means": Incident(
         symptom="The same 8 sequences give another loss curve with 8 microbatches of 1 than with 1 of 8.",
-        cause="Each microbatch is divided by its own token count, and the means are averaged.",
+        cause="a mean of means: each microbatch is divided by its own token count",
+        also_likely=(
+            "a learning rate that is not divided by the number of microbatches",
+            "an optimizer step after each microbatch",
+            "rounding: float32 sums depend on their order",
+        ),
         broken=mean_of_means,
         fixed=one_mean,
         audit=audit_accumulation,
@@ -157,8 +171,12 @@ INCIDENTS: dict[str, Incident] = {
     ),
     "dropped mask": Incident(
         symptom="The loss falls as never before, and the model answers by repeating questions.",
-        cause="A preprocessing step keeps the columns it knows. The mask is not among them, and a default of ones "
-        "takes its place.",
+        cause="a mask that was lost on the way, with a default of ones in its place",
+        also_likely=(
+            "a learning rate that is too high",
+            "a padding token that is trained in place of eos",
+            "responses that are in the data twice",
+        ),
         broken=mask_dropped,
         fixed=mask_kept,
         audit=audit_accumulation,
@@ -166,7 +184,12 @@ INCIDENTS: dict[str, Incident] = {
     ),
     "partial window": Incident(
         symptom="The last optimizer step of each epoch is smaller than the others.",
-        cause="The last window of an epoch holds fewer microbatches, and is divided by the configured G.",
+        cause="a division by the configured G, where the window holds fewer microbatches",
+        also_likely=(
+            "a data set sorted by length, with the short responses last",
+            "a gradient that is clipped more at the end of an epoch",
+            "a learning rate that has decayed to almost nothing",
+        ),
         broken=configured_window,
         fixed=actual_window,
         audit=audit_accumulation,
@@ -174,7 +197,12 @@ INCIDENTS: dict[str, Incident] = {
     ),
     "zeroed gradients": Incident(
         symptom="Doubling G changes nothing but the time a step takes; the loss is as noisy as before.",
-        cause="The gradient is zeroed before each microbatch and not before each window: only the last one counts.",
+        cause="a zero_grad before each microbatch, so that only the last one counts",
+        also_likely=(
+            "a data set that is not shuffled, so that all microbatches are alike",
+            "a division by G too many, which the optimizer hides",
+            "the right behaviour: a mean does not depend on G",
+        ),
         broken=zeroed_each_time,
         fixed=zeroed_once,
         audit=audit_accumulation,
@@ -182,8 +210,12 @@ INCIDENTS: dict[str, Incident] = {
     ),
     "endless answers": Incident(
         symptom="The answers are right, and go on and on.",
-        cause="The tokenizer pads with eos, and padding is taken out of the loss. The eos that ends a response goes "
-        "with it.",
+        cause="padding that is eos too, so the eos of a response is masked with it",
+        also_likely=(
+            "a mask that sits one position too late",
+            "a prompt that is trained as if it were a response",
+            "a response that is cut off at the longest length",
+        ),
         broken=pads_masked,
         fixed=lengths_masked,
         audit=audit_eos,

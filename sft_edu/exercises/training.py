@@ -60,7 +60,14 @@ class _Case(tuple):
     """A plan."""
 
     def __str__(self) -> str:
-        return f"{len(self)} minibatch{'es' if len(self) > 1 else ''} with {list(self)} response tokens"
+        windows = (", ".join("+".join(map(str, lengths)) for lengths in window) for window in self)
+        explained = [
+            "response tokens",
+            *(["'+' between sequences"] if any(len(lengths) > 1 for window in self for lengths in window) else []),
+            *(["',' between microbatches"] if any(len(window) > 1 for window in self) else []),
+            *(["';' between minibatches"] if len(self) > 1 else []),
+        ]
+        return f"Minibatches of {'; '.join(windows)} ({', '.join(explained)})"
 
 
 def minibatches_of(plan: Plan) -> Minibatches:
@@ -106,5 +113,5 @@ def _compare(train: Callable, plan: _Case) -> tuple[str, float | None] | None:
         return None
     if weights.shape != expected.shape:
         return f"{plan}: the model has other weights than before.", None
-    text = f"{plan}: the weights are {distance:.0%} of the way off."
+    text = f"{plan}: the weights end {distance:.0%} of the right update away from where they should."
     return text, (weights - expected).abs().max().item()
