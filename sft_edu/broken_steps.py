@@ -37,3 +37,11 @@ def mask_counts_only(log_probs, mask, steps, constant=1.0):
     loss = -log_probs.sum() / constant / steps / steps
     loss.backward()
     return loss.detach(), {"num_tokens": num_tokens}
+
+
+def to_mend(log_probs, mask, steps, minibatch_tokens):
+    masked_sum = (log_probs * mask).sum()
+    num_tokens = mask.sum()
+    loss = masked_sum / num_tokens / steps
+    loss.backward()
+    return loss, {"masked_sum": masked_sum, "num_tokens": num_tokens}

@@ -123,7 +123,7 @@ def test_a_bad_state_is_answered_in_words_and_changes_nothing(bad):
     lab = OptimizerLab()
     lab._state_box.value = bad
     assert repr(lab) == OPENING
-    assert "got" in lab._complaint.value
+    assert "got" in lab._state_complaint.value
 
 
 @pytest.mark.parametrize(

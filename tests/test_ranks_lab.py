@@ -101,7 +101,7 @@ def test_a_state_can_be_handed_on():
     other._state_box.value = lab.state
     assert repr(other) == repr(lab) == repr(RanksLab(64, 8, 0.2, "global"))
     other._state_box.value = "W=0"
-    assert "world_size: got 0" in other._complaint.value
+    assert "world_size: got 0" in other._state_complaint.value
 
 
 @pytest.mark.parametrize(

@@ -548,7 +548,7 @@ def test_a_state_can_be_handed_on(make):
     for bad in ("prompt=2", "prompt=yes", "lr=fast", "steps=3", "microbatch=0"):
         other._state_box.value = bad
         assert other.state == text
-        assert "got" in other._complaint.value
+        assert "got" in other._state_complaint.value
     lab.close()
 
 

@@ -218,7 +218,7 @@ def test_a_bad_state_is_refused_in_words_and_changes_nothing(kind, text, bad):
     assert repr(lab) == before
     find(lab, ipywidgets.Text)[0].value = bad
     assert repr(lab) == before
-    assert "got" in lab._complaint.value
+    assert "got" in lab._state_complaint.value
 
 
 def test_the_lab_never_touches_the_log_probs_it_is_given():

@@ -10,6 +10,7 @@ from sft_edu.exercises.denominators import check_denominator
 from sft_edu.exercises.log_probs import check_get_response_log_probs
 from sft_edu.exercises.loss_by_hand import check_returned_loss
 from sft_edu.exercises.masked_sum import check_masked_normalize
+from sft_edu.exercises.mended_step import check_mended_step
 from sft_edu.exercises.ranks import check_rank_loss
 from sft_edu.exercises.response_mask import check_response_mask
 from sft_edu.exercises.step import check_sft_microbatch_train_step
@@ -22,6 +23,7 @@ __all__ = [
     "check_denominator",
     "check_get_response_log_probs",
     "check_masked_normalize",
+    "check_mended_step",
     "check_rank_loss",
     "check_response_mask",
     "check_returned_loss",

@@ -66,7 +66,7 @@ class AccumulationLab(Lab):
 
     @property
     def ratio(self) -> float:
-        """|gradient so far| / |gradient of the full batch|."""
+        """|gradient so far| / |gradient of the full batch|, that of the mean over all its response tokens."""
         return self._comparison.ratio
 
     @property
@@ -161,7 +161,7 @@ class AccumulationLab(Lab):
     def _memory_rows(self) -> list[dict]:
         one, whole = self.microbatch_bytes, self.full_batch_bytes
         return [
-            _row("one microbatch", one, f"{one:,}", "neutral", f"{one / whole:.4f} of the full batch"),
+            _row("largest microbatch", one, f"{one:,}", "neutral", f"{one / whole:.4f} of the full batch"),
             _row("full batch", whole, f"{whole:,}", "neutral", "all sequences at once"),
         ]
 
@@ -192,7 +192,9 @@ class AccumulationLab(Lab):
                 f"All {steps} microbatches together give the gradient of the full batch, and each needed less memory."
             )
         if 1 - self._finished.cosine < 1e-12:
-            return f"The direction is that of the full batch, the length is {self._finished.ratio:.4f} of it."
+            return (
+                f"The direction is that of the full batch, the length is {self._finished.ratio:.4f} times its length."
+            )
         return (
             f"This is not the gradient of the full batch: it is {error:.4f} of its length away, in another direction."
         )

@@ -45,10 +45,11 @@ class Lab(ipywidgets.VBox):
         )
         self._state_box.layout.flex = "1 1 440px"  # a mask of two sentences is long
         self._state_box.observe(self._state_by_hand, "value")
-        self._complaint = ipywidgets.HTML()
+        # What is said of a number stands below the numbers, what is said of a state below the state.
+        self._complaint, self._state_complaint = ipywidgets.HTML(), ipywidgets.HTML()
         save = SavePicture(self.figure, name=type(self).__name__, description=lambda: repr(self))
         footer = ipywidgets.HBox([self._state_box, save], layout={"flex_flow": "row wrap"})
-        self.children = [controls, *views, footer, self._complaint, KeyboardGuard()]
+        self.children = [controls, self._complaint, *views, footer, self._state_complaint, KeyboardGuard()]
         self.observe(self._changed, [trait for trait, _ in self.SETTINGS.values()])
         self.reset()
 
@@ -122,11 +123,8 @@ class Lab(ipywidgets.VBox):
             try:
                 setattr(self, trait, value)
             except traitlets.TraitError as error:  # typed, and out of range: answered in words, and taken back
-                self._complain(error)
+                self._complaint.value = alert(error)
                 self._controls[trait].value = getattr(self, trait)
-
-    def _complain(self, error: Exception) -> None:
-        self._complaint.value = f'<span role="alert">{escape(str(error))}</span>'
 
     def _state_by_hand(self, change) -> None:
         with self._lock:
@@ -135,7 +133,7 @@ class Lab(ipywidgets.VBox):
             try:
                 self.state = change["new"]
             except (ValueError, traitlets.TraitError) as error:
-                self._complain(error)
+                self._state_complaint.value = alert(error)
 
     def _apply(self, settings: dict[str, object]) -> None:
         """Set all of them, or none if one is refused; then compute and draw once."""
@@ -168,7 +166,8 @@ class Lab(ipywidgets.VBox):
             self._show()  # first: what the hand waits for
             for trait, control in self._controls.items():
                 control.value = getattr(self, trait)
-            self._state_box.value, self._complaint.value = self.state, ""
+            self._state_box.value = self.state
+            self._complaint.value = self._state_complaint.value = ""
         finally:
             self._writing = False
 
@@ -178,6 +177,11 @@ class Lab(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         return with_text_and_picture(super()._repr_mimebundle_(**kwargs), repr(self), png_of(self.figure()))
+
+
+def alert(error: Exception) -> str:
+    """HTML that is read out as soon as it stands there."""
+    return f'<span role="alert">{escape(str(error))}</span>'
 
 
 def labelled(symbol: str, meaning: str, width: str) -> dict:

@@ -32,7 +32,8 @@ function halfToEven(size, method, places) {
 
 // --- the step ---
 
-// Texts by the name of the stage, or null where the rule or one of its symbols is unknown here.
+// Texts by the name of the stage, or null where the rule or one of its symbols is unknown here, or where a number is
+// not finite: the kernel has words for that.
 //
 // log_probs and mask are rows of tokens; rule is one of scaling.py: the symbols that divide first and second, whether
 // the constant is one of the divisors, and the formula of all of them. As in StepLab, the other microbatches of the
@@ -51,6 +52,7 @@ export function stagesAhead({ log_probs: logProbs, mask, steps, constant, rule }
   const loss = float(-maskedSum / divisor);
   const scaled = float(loss / second);
   const gradient = numTokens ? -float(float(float(1 / second) / divisor) / float(constant)) : 0;
+  if (![maskedSum, loss, scaled, gradient].every(Number.isFinite)) return null;
   const denominator = (rule.uses_constant ? constant : 1) * first * second;
 
   const listed = perSequence.length <= LISTED ? perSequence.join(" + ") : `over ${perSequence.length} sequences`;

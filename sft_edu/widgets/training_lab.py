@@ -21,7 +21,7 @@ from sft_edu.widgets import state, training_view
 from sft_edu.widgets.answers import Answers
 from sft_edu.widgets.background import Background
 from sft_edu.widgets.curves import Curves
-from sft_edu.widgets.lab import Lab, between, labelled, one_of
+from sft_edu.widgets.lab import Lab, alert, between, labelled, one_of
 from sft_edu.widgets.training_run import LOOKS, Examples, Material, TrainingRun, built_in, own_settings
 
 _PAUSE = 0.1  # seconds from one picture to the next
@@ -285,7 +285,7 @@ class TrainingLab(Lab):
             self._answers.rows = training_view.answer_rows(run)
             self._answers.drawn = self._drawn
         if run.error is not None:
-            self._complain(run.error)
+            self._complaint.value = alert(run.error)
 
     def figure(self) -> Figure:
         with self._lock:

@@ -69,6 +69,8 @@ test("many sequences are counted, not listed", () => {
 test("what is unknown here is left to the kernel", () => {
   assert.equal(stagesAhead({ ...EXAMPLE, rule: undefined }), null);
   assert.equal(stagesAhead({ ...EXAMPLE, rule: { ...NOTES, second: "ranks" } }), null);
+  assert.equal(stagesAhead({ ...EXAMPLE, constant: 0 }), null);
+  assert.equal(stagesAhead({ ...EXAMPLE, constant: 1e-50 }), null);
 });
 
 test("numbers are printed as Python prints them", () => {
