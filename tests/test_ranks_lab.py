@@ -16,13 +16,13 @@ from sft_edu.ranks.simulated import RANK_DENOMINATORS, deal, microbatch_sums
 from sft_edu.widgets import Bars, RanksLab, SavePicture
 
 OPENING = """\
-RanksLab: W=2 N=32 skew=1 denominator=local
+RanksLab: W=2 sequences=32 skew=1 denominator=local
 denominator        D    off by  length   cosine
 local              n    0.0411  1.0014x  0.9992
 local_times_world  n·W  0.5001  0.5007x  0.9992
 global             N    0.5000  0.5000x  1.0000
 global_over_world  N/W  0.0000  1.0000x  1.0000
-A rank holds from 327 to 441 response tokens. Each divides by its own tokens, and the engine
+A rank holds 327 to 441 response tokens. Each divides by its own tokens, and the engine
 averages. That is 0.0411 of its length away from the right gradient, in another direction."""
 
 
@@ -70,7 +70,7 @@ def test_every_control_moves_its_setting_and_follows_code():
     lab = RanksLab()
     for description, value in {"W": 5, "sequences": 16, "skew": 0.5, "D": "global"}.items():
         control(lab, description).value = value
-    assert lab.state == "W=5 N=16 skew=0.5 denominator=global"
+    assert lab.state == "W=5 sequences=16 skew=0.5 denominator=global"
     lab.reset()
     assert repr(lab) == OPENING
     assert [control(lab, name).value for name in ("W", "sequences", "skew", "D")] == [2, 32, 1.0, "local"]
@@ -96,7 +96,7 @@ def test_a_wrong_setting_is_refused_and_changes_nothing(name, value):
 
 
 def test_a_state_can_be_handed_on():
-    lab = RanksLab.from_state("W=64 N=8 skew=0.2 denominator=global")
+    lab = RanksLab.from_state("W=64 sequences=8 skew=0.2 denominator=global")
     other = RanksLab()
     other._state_box.value = lab.state
     assert repr(other) == repr(lab) == repr(RanksLab(64, 8, 0.2, "global"))
@@ -107,13 +107,13 @@ def test_a_state_can_be_handed_on():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ((64, 32, 1.0, "local"), "A rank holds from 4 to 70 response tokens; 32 hold none."),
+        ((64, 32, 1.0, "local"), "A rank holds 4 to 70 response tokens; 32 of 64 hold none."),
         ((8, 32, 0.0, "local"), "Every rank holds 96 response tokens. Each divides by its own tokens"),
         ((8, 32, 0.0, "local"), "the gradient of a single process, because all ranks hold as many tokens."),
         ((1, 32, 1.0, "local_times_world"), "the gradient of a single process, because there is one rank."),
         ((1, 32, 1.0, "global"), "One rank holds all 768 response tokens."),
         ((4, 32, 1.0, "global"), "The direction is right, the length is 0.2500 of what it should be."),
-        ((4, 32, 1.0, "local"), "of its length away from the right gradient, in another direction."),
+        ((4, 32, 1.0, "local"), "The result points elsewhere: it is off by"),
     ],
 )
 def test_the_words_say_what_the_bars_show(settings, words):

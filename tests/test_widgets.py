@@ -189,7 +189,7 @@ def test_a_wrong_setting_is_refused_and_changes_nothing(name, value):
 LABS = {
     "StepLab": (StepLab, "G=5 c=2.5 rule=sequence_mean mask=1001/0110 logp=-1,-2,-3,-4/-0.5,-0.25,-7,0"),
     "MaskLab": (MaskLab, "mask=010000000000000011111/000011000000000000001"),
-    "AccumulationLab": (AccumulationLab, "N=16 G=5 rule=microbatch_token_mean imbalance=1 played=3"),
+    "AccumulationLab": (AccumulationLab, "sequences=16 G=5 rule=microbatch_token_mean imbalance=1 played=3"),
     "ScalingLab": (ScalingLab, "G=3 imbalance=0.9 max_norm=2.5"),
 }
 

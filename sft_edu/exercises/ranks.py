@@ -139,13 +139,13 @@ def _problem(weights: Sequence[torch.Tensor]) -> tuple[str, str] | None:
     factors: list[tuple[str, str, Sequence[float]]] = [
         (
             "world-size-missing",
-            "The gradient is W times too small: the engine divides by W when it averages. Multiply the loss by "
-            "world_size.",
+            "The gradient is W times too small: the engine divides by W when it averages, and nothing in the loss makes "
+            "up for it.",
             [1 / total] * world,
         ),
         (
             "divided-by-world-size",
-            "The gradient is W² times too small: the engine divides by W already. Multiply the loss by world_size.",
+            "The gradient is W² times too small: the engine divides by W already, and so does your loss.",
             [1 / total / world] * world,
         ),
         ("world-size-twice", "world_size is in your loss once too often.", [world**2 / total] * world),

@@ -35,7 +35,7 @@ class AccumulationLab(Lab):
     """
 
     SETTINGS: ClassVar = {
-        "N": ("num_sequences", state.INTEGER),
+        "sequences": ("num_sequences", state.INTEGER),
         "G": ("gradient_accumulation_steps", state.INTEGER),
         "rule": ("rule", state.NAME),
         "imbalance": ("imbalance", state.NUMBER),
@@ -196,7 +196,7 @@ class AccumulationLab(Lab):
                 f"The direction is that of the full batch, the length is {self._finished.ratio:.4f} times its length."
             )
         return (
-            f"This is not the gradient of the full batch: it is {error:.4f} of its length away, in another direction."
+            f"This is not the gradient of the full batch: it points elsewhere, and is off by {error:.4f} of its length."
         )
 
 

@@ -149,7 +149,7 @@ class OptimizerLab(Lab):
                 "value": result.measured.ratio,
                 "text": f"{fixed(result.measured.ratio)}x",
                 "colour": BUGS[self.bug].rule or "neutral",
-                "note": f"predicted {fixed(result.predicted.ratio)}x, cosine {fixed(result.measured.cosine)}",
+                "note": f"cosine {fixed(result.measured.cosine)}; length predicted {fixed(result.predicted.ratio)}x",
             }
             for result in self.results
         ]

@@ -39,7 +39,7 @@ class RanksLab(Lab):
 
     SETTINGS: ClassVar = {
         "W": ("world_size", state.INTEGER),
-        "N": ("num_sequences", state.INTEGER),
+        "sequences": ("num_sequences", state.INTEGER),
         "skew": ("skew", state.NUMBER),
         "denominator": ("denominator", state.NAME),
     }
@@ -119,7 +119,8 @@ class RanksLab(Lab):
                 name,
                 found,
                 _colour(name),
-                f"D = {RANK_DENOMINATORS[name].formula}, length {found.ratio:.4f}x, cosine {found.cosine:.4f}",
+                f"D = {RANK_DENOMINATORS[name].formula}, length {found.ratio:.4f}x, cosine {found.cosine:.4f}"
+                + ("; followed below" if name == self.denominator else ""),
             )
             for name, found in self._compared.items()
         ]
@@ -156,8 +157,9 @@ class RanksLab(Lab):
         empty = self.world_size - len(held)
         if not empty and min(held) == max(held):
             return f"Every rank holds {held[0]} response tokens."
-        rest = f"; {empty} hold none" if empty else ""
-        return f"A rank holds from {min(held)} to {max(held)} response tokens{rest}."
+        some = f"{min(held)} to {max(held)}" if min(held) < max(held) else str(held[0])
+        rest = f"; {empty} of {self.world_size} hold none" if empty else ""
+        return f"A rank holds {some} response tokens{rest}."
 
     def words(self) -> str:
         found, one = self._compared[self.denominator], RANK_DENOMINATORS[self.denominator]
@@ -166,7 +168,7 @@ class RanksLab(Lab):
             return f"{start} That is the gradient of a single process{self._luck()}."
         if 1 - found.cosine < _ROUNDING:
             return f"{start} The direction is right, the length is {found.ratio:.4f} of what it should be."
-        return f"{start} That is {_off(found)} of its length away from the right gradient, in another direction."
+        return f"{start} The result points elsewhere: it is off by {_off(found)} of the length of the right gradient."
 
     def _luck(self) -> str:
         if self.denominator == "global_over_world":

@@ -142,5 +142,10 @@ class ScalingLab(Lab):
         tokens = ", ".join(map(str, self._tokens))
         return (
             f"With {tokens} response tokens in the microbatches, the gradient of the full batch is reached by "
-            f"{' and '.join(exact) or 'no rule'}; its direction by {' and '.join(aligned) or 'no rule'}."
+            f"{_listed(exact)}; its direction by {_listed(aligned)}."
         )
+
+
+def _listed(rules: list[str]) -> str:
+    *most, last = rules or ["no rule"]
+    return f"{', '.join(most)} and {last}" if most else last

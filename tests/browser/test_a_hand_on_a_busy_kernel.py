@@ -123,6 +123,6 @@ def assert_filled(text: str) -> None:
         saved_bytes(lambda part=part: get_response_log_probs(model, part["input_ids"], part["labels"]), model, part)
         for part in (split_minibatch(batch, steps)[0] for steps in (4, 1))
     ]
-    assert "N=11 G=4 rule=token_mean imbalance=0.5 played=4" in text
+    assert "sequences=11 G=4 rule=token_mean imbalance=0.5 played=4" in text
     assert "length 1.0000x, cosine 1.0000" in text
     assert f"{held[0] / held[1]:.2f} of what the full batch holds" in text

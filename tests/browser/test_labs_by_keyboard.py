@@ -122,7 +122,7 @@ KEYS = {
         ("button play or pause", ["Enter"], "accumulation.played", 2),
         ("button stop, back to 0", ["Space"], "accumulation.played", 0),
         ("button repeat", ["Enter"], "accumulation._controls['played_by_play'].repeat", True),
-        ("textbox state", ["type N=8 G=4 played=4", "Enter"], "accumulation.played", 4),
+        ("textbox state", ["type sequences=8 G=4 played=4", "Enter"], "accumulation.played", 4),
         ("button reset", ["Enter"], "accumulation.played", 0),
     ],
     "optimizer": [

@@ -113,7 +113,7 @@ def test_the_accumulation_lab_plays(lab: LabPage):
     for played in (1, 2, 3, 4):
         expect(first).to_contain_text(f".grad after {played} of 4")
     expect(first).to_contain_text("1.0000x")
-    expect(output.get_by_label("state")).to_have_value("N=8 G=4 rule=token_mean imbalance=0.5 played=4")
+    expect(output.get_by_label("state")).to_have_value("sequences=8 G=4 rule=token_mean imbalance=0.5 played=4")
     expect(output.locator(".sft-edu-words").first).to_contain_text("All 4 microbatches together give the gradient")
     expect(play.locator(".fa-play")).to_have_count(1)  # it has stopped
     play.click()  # from the start

@@ -23,7 +23,7 @@ CHANGES = {
         "accumulation.gradient_accumulation_steps = 3",
         "accumulation.num_sequences, accumulation.imbalance = 13, 1.0",
         "accumulation.played = 3",
-        "accumulation.state = 'N=8 G=1 rule=token_mean imbalance=0 played=1'",
+        "accumulation.state = 'sequences=8 G=1 rule=token_mean imbalance=0 played=1'",
         "accumulation.reset()",
     ],
     "optimizer": [
@@ -37,7 +37,7 @@ CHANGES = {
         "ranks.world_size = 7",
         "ranks.denominator = 'global'",
         "ranks.num_sequences, ranks.skew = 8, 0.3",
-        "ranks.state = 'W=64 N=32 skew=1 denominator=global_over_world'",
+        "ranks.state = 'W=64 sequences=32 skew=1 denominator=global_over_world'",
         "ranks.reset()",
     ],
     "scaling": [
