@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
 from pathlib import Path
@@ -184,6 +186,7 @@ def test_the_lessons_open_with_our_settings(tmp_path, capsys, started, monkeypat
         *command
     }
     assert environment["JUPYTER_CONFIG_PATH"].split(os.pathsep) == [str(SETTINGS), "theirs"]
+    assert Path(shutil.which("sft-edu", path=environment["PATH"])).parent == Path(sysconfig.get_path("scripts"))
     assert environment[VARIABLE] == str(folder)
     assert contents(folder) == {
         path.relative_to(ROOT).as_posix(): path.read_text()

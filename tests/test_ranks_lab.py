@@ -22,8 +22,8 @@ local              n    0.0411  1.0014x  0.9992
 local_times_world  n·W  0.5001  0.5007x  0.9992
 global             N    0.5000  0.5000x  1.0000
 global_over_world  N/W  0.0000  1.0000x  1.0000
-A rank holds 327 to 441 response tokens. Each divides by its own tokens, and the engine
-averages. That is 0.0411 of its length away from the right gradient, in another direction."""
+A rank holds 327 to 441 response tokens. Each divides by its own tokens, and the engine averages.
+The result points elsewhere: it is off by 0.0411 of the length of the right gradient."""
 
 
 def control(lab, description):

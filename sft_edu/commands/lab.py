@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -87,9 +88,13 @@ def _command(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def _environment(folder: Path) -> Mapping[str, str]:
-    """Our settings go before all others of the same name; nothing is written into anybody's."""
+    """Our settings go before all others of the same name; nothing is written into anybody's.
+
+    So do our programs: in JupyterLab's terminals the lessons' commands, `sft-edu` and `torchrun`, work as they stand.
+    """
     theirs = os.environ.get("JUPYTER_CONFIG_PATH")
     return {
+        "PATH": os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), os.environ.get("PATH")])),
         "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, [str(SETTINGS), theirs])),
         VARIABLE: str(folder),
     }
