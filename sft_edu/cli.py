@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from sft_edu.audit import audit_step
-from sft_edu.audit.report import KNOWN, StepAudit
+from sft_edu.audit.report import KNOWN, NOT_MEASURED, StepAudit
 from sft_edu.commands.lab import add_lab
 from sft_edu.commands.load_target import TargetError, target_function
 from sft_edu.commands.train import add_train
@@ -37,8 +37,8 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
         help="say which scaling rule a microbatch step implements",
         description="Call a microbatch step with small inputs, and say which scaling rule it implements and what is "
         "wrong with it.",
-        epilog="Exit status: 0 if no problem is found and the rule is the expected one, 1 if not, 2 if it cannot be "
-        "loaded.",
+        epilog="Exit status: 0 if no problem is found, the denominator is measured, and the rule is the expected one; "
+        "1 if not; 2 if it cannot be loaded.",
     )
     parser.add_argument("target", help="path/to/file.py:function or package.module:function")
     parser.add_argument("--expect", metavar="RULE", choices=tuple(KNOWN), help=f"one of {', '.join(KNOWN)}")
@@ -53,7 +53,8 @@ def _audit(options: argparse.Namespace) -> int:
     except TargetError as error:
         print(error, file=sys.stderr)
         return 2
-    met = audit.ok and options.expect in (None, audit.rule)
+    is_measured = not audit.formula.startswith(NOT_MEASURED)
+    met = audit.ok and is_measured and options.expect in (None, audit.rule)
     if options.json:
         given = {"target": options.target, "expected": options.expect, "met": met}
         print(json.dumps(given | audit.as_dict(), indent=2))
@@ -65,7 +66,9 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _unmet(audit: StepAudit, expected: str | None) -> str:
-    wanted = f"{expected}, D = {KNOWN[expected].formula}, without problems" if expected else "no problems"
+    wanted = "no problems" if audit.problems else "a denominator that can be measured"
+    if expected:
+        wanted = f"{expected}, D = {KNOWN[expected].formula}, without problems"
     return f"Expected {wanted}."
 
 

@@ -151,8 +151,8 @@ def test_any_line_in_g_is_named_as_one(slope, offset, own, powers):
 @pytest.mark.parametrize(
     ("denominator", "formula"),
     [
-        (lambda b, t, n, g, c: g + b, "8 at G = 3; 9 at G = 4; 11 at G = 6; 12 at G = 7 (not a product)"),
-        (lambda b, t, n, g, c: max(g, 5), "5 at G = 3; 5 at G = 4; 5 at G = 5; 6 at G = 6 (not a product)"),
+        (lambda b, t, n, g, c: g + b, "8 at G = 3; 9 at G = 4; 11 at G = 6; 14 at G = 9 (not a product)"),
+        (lambda b, t, n, g, c: max(g, 5), "5 at G = 3; 5 at G = 4; 5 at G = 5; 9 at G = 9 (not a product)"),
         (lambda b, t, n, g, c: c * g**2 if b > 1 else 9, "c·G², but 9 at B = 1, G = 1, c = 1.75 (not a product)"),
         (lambda b, t, n, g, c: g * (c if c != 1 else 4), "c·G, but 12 at B = 5, G = 3, c = 1 (not a product)"),
         (
@@ -579,23 +579,67 @@ def test_the_form_that_fits_is_found_and_the_likeliest_is_first():
         probe.fit(Cases(0).first)
         return probe.form
 
-    names = ("", "", "")
-    assert form_of(WILD["the_reference"].step)[:7] == (names, "position", True, "", False, torch.float64, torch.bool)
-    assert form_of(WILD["by_position_only"].step)[:3] == (names, "position", False)
-    assert form_of(WILD["without_the_constant"].step).constant == ""
-    assert form_of(WILD["constant_by_keyword_only"].step).constant == "normalize_constant"
-    assert form_of(WILD["by_name_only"].step)[:2] == (tuple(CONTRACT[:3]), CONTRACT[3])
-    assert form_of(WILD["by_other_names"].step)[:2] == (("logps", "m", "steps"), "c")
-    assert form_of(WILD["in_another_order"].step)[:2] == (("log_probs", "mask", "steps"), "constant")
-    assert form_of(WILD["mask_and_steps_by_name"].step)[:2] == (("policy_log_probs", "mask", "G"), "")
-    assert form_of(WILD["takes_any_name"].step)[:3] == (tuple(CONTRACT[:3]), CONTRACT[3], True)
-    assert form_of(WILD["wants_n_as_a_tensor"].step)[3:5] == ("num_items_in_batch", True)
-    assert form_of(WILD["as_the_trainer_does"].step)[3:5] == ("num_items_in_batch", False)
+    def given(name):
+        """The arguments that go by position, and the keywords of the others."""
+        form = form_of(WILD[name].step)
+        by_name = {one.what: one.keyword for one in form.given if not one.by_position}
+        return [one.what for one in form.given if one.by_position], by_name
+
+    first = ["log_probs", "mask", "steps"]
+    contract = dict(zip([*first, "constant"], CONTRACT, strict=True))
+    assert form_of(WILD["the_reference"].step)[2:] == (False, torch.float64, torch.bool, True)
+    assert given("the_reference") == given("by_position_only") == ([*first, "constant"], {})
+    assert given("without_the_constant") == (first, {})
+    assert given("constant_by_keyword_only") == (first, {"constant": "normalize_constant"})
+    assert given("by_name_only") == ([], contract)
+    assert given("takes_any_name") == ([], contract | {"tokens": "minibatch_tokens"})
+    assert given("by_other_names") == ([], {"log_probs": "logps", "mask": "m", "steps": "steps", "constant": "c"})
+    assert given("in_another_order") == (["mask", "log_probs", "constant", "steps"], {})
+    assert given("mask_and_steps_by_name") == (["log_probs"], {"mask": "mask", "steps": "G"})
+    assert given("takes_anything") == ([*first, "constant"], {"tokens": "minibatch_tokens"})
+    assert given("as_the_trainer_does") == given("wants_n_as_a_tensor") == ([*first, "tokens"], {})
+    assert given("takes_n_third") == given("as_the_trainer_does_without_g") == (["log_probs", "mask", "tokens"], {})
+    assert given("counts_its_calls") == given("takes_a_reference") == (first, {})
+    assert form_of(WILD["wants_n_as_a_tensor"].step).tokens_as_tensor
+    assert not form_of(WILD["as_the_trainer_does"].step).tokens_as_tensor
     assert form_of(WILD["with_an_integer_mask"].step).mask_dtype == torch.int64
     assert form_of(WILD["with_a_float_mask"].step).mask_dtype == torch.float64
-    assert form_of(WILD["as_the_trainer_does"].step).tokens == "num_items_in_batch"
-    assert form_of(WILD["takes_anything"].step).tokens == "minibatch_tokens"
     assert not form_of(WILD["masks_the_log_probs_in_place"].step).is_leaf
+    defaults = {
+        name: (form.may_omit_constant, form.default_constant)
+        for name in ("the_reference", "by_position_only", "takes_any_name", "has_another_default", "a_partial")
+        for form in [form_of(WILD[name].step)]
+    }
+    assert defaults == {
+        "the_reference": (True, 1.0),
+        "by_position_only": (False, None),
+        "takes_any_name": (True, None),
+        "has_another_default": (True, 512.0),
+        "a_partial": (True, 1024.0),
+    }
+
+
+def test_a_constant_in_the_middle_can_be_left_to_its_default():
+    seen = []
+
+    def step(log_probs, mask, normalize_constant=8.0, grad_acc_steps=1):
+        seen.append((normalize_constant, grad_acc_steps))
+        return finish(-(log_probs * mask).sum() / normalize_constant / grad_acc_steps)
+
+    assert found(audit_step(step)) == ("microbatch_mean", "c·G", ())
+    assert (8.0, 3) in seen
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("is_a_loop", "It looks like a whole loop: audit_accumulation is for those."),
+        ("wants_an_optimizer", "It has to be given optimizer, too: wrap the step"),
+        ("cannot_take_its_constant", "Whenever normalize_constant is given: NameError"),
+    ],
+)
+def test_a_step_that_cannot_be_called_as_a_step_is_told_why(name, words):
+    assert words in audit_step(WILD[name].step).details["raises"]
 
 
 def test_a_fourth_argument_that_is_not_the_constant_is_left_alone():
@@ -680,6 +724,13 @@ def test_details_and_dict_hold_every_problem_in_the_documented_order():
         ("refuses_a_large_g", "G = 9"),
         ("takes_a_square_root", "With B = 5"),
         ("divides_by_the_steps_to_come", "G = 1, c = 1.75 the gradient is not finite"),
+        ("skips_long_microbatches", "n = 39, G = 3, c = 1.75 no gradient arrived"),
+        ("takes_log_probs_and_mask_alone", "It takes no G, under any name that is known."),
+        ("has_a_ratio_of_one", "With other log-probs that does not change; going by the gradient it changes by"),
+        ("returns_a_running_mean", "The same arguments gave one gradient, and the losses"),
+        ("returns_an_array", "What is returned first is ndarray; a loss is one number."),
+        ("calls_the_loss_something_else", 'a dict without the key "loss"'),
+        ("clips_every_gradient", "what had accumulated is scaled too, as when clipping inside the step"),
     ],
 )
 def test_the_evidence_names_what_to_look_for(name, words):

@@ -121,6 +121,15 @@ def test_the_status_says_whether_the_step_is_as_expected(folder, capsys, functio
     assert ("Expected" in out) == (status == 1)
 
 
+def test_a_step_whose_denominator_is_not_measured_does_not_pass(folder, capsys):
+    (folder / "coarse.py").write_text(STEPS.replace("log_probs * ", "log_probs.bfloat16() * "))
+    status, out, _ = run(capsys, "audit", f"{folder / 'coarse.py'}:sequence_mean")
+    assert status == 1
+    assert "D = not measured: the gradient is rounded to bfloat16" in out
+    assert "audit it again in float32 or float64" in out
+    assert out.endswith("Expected a denominator that can be measured.\n")
+
+
 def test_a_problem_fails_also_where_the_rule_is_the_expected_one(folder, capsys):
     (folder / "attached.py").write_text(STEPS.replace("return loss.detach()", "return loss"))
     status, out, _ = run(capsys, "audit", f"{folder / 'attached.py'}:sequence_mean", "--expect", "sequence_mean")

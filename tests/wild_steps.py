@@ -248,8 +248,102 @@ def wants_n_as_a_tensor(log_probs, mask, steps, num_items_in_batch):
     return finish(-(log_probs * mask).sum() / num_items_in_batch.to(log_probs.device))
 
 
+# --- Parameters by their names, and what has a default and an unknown name is left alone ---
+
+
+@wild("sequence_mean", "B·G")
+def counts_its_calls(log_probs, mask, steps, step_index=0):
+    return finish(-(log_probs * mask).sum(1).mean() / steps)[0], {"step": step_index}
+
+
+@wild("sequence_mean", "B·G")
+def takes_a_device(log_probs, mask, steps, device=None):
+    return finish(-(log_probs.to(device) * mask).sum(1).mean() / steps)
+
+
+@wild("microbatch_mean", "G")
+def smooths_labels(log_probs, mask, steps, label_smoothing=0.0):
+    return finish(-(1 - label_smoothing) * (log_probs * mask).sum() / steps)
+
+
+@wild("microbatch_mean", "G")
+def multiplies_by_the_world_size(log_probs, mask, steps, world_size=1):
+    return finish(-(log_probs * mask).sum() / steps * world_size)
+
+
+@wild("microbatch_mean", "G")
+def takes_advantages(log_probs, mask, steps, advantages=None):
+    return finish(-(log_probs * mask * (1 if advantages is None else advantages)).sum() / steps)
+
+
+@wild("microbatch_token_mean", "n·G")
+def takes_an_epsilon(log_probs, mask, steps, eps=1e-8):
+    return finish(-(log_probs * mask).sum() / (mask.sum() + eps) / steps)
+
+
+@wild("microbatch_mean", "G")
+def takes_an_entropy_coefficient(log_probs, mask, steps, entropy_coef=0.0):
+    entropy = -(log_probs.exp() * log_probs * mask).sum()
+    return finish(-(log_probs * mask).sum() / steps - entropy_coef * entropy)
+
+
+@wild("microbatch_mean", "G")
+def takes_a_reference(log_probs, mask, steps, ref_log_probs=None, beta=0.1):
+    ratio = log_probs if ref_log_probs is None else (log_probs - ref_log_probs).exp() * beta
+    return finish(-(ratio * mask).sum() / steps)
+
+
+@wild(None, "c", "steps-ignored")
+def takes_the_constant_third(log_probs, mask, normalize_constant=1.0):
+    return finish(-(log_probs * mask).sum() / normalize_constant)
+
+
+@wild("microbatch_mean", "c·G")
+def takes_the_constant_before_g(log_probs, mask, normalize_constant=1.0, grad_acc_steps=1):
+    return finish(-(log_probs * mask).sum() / normalize_constant / grad_acc_steps)
+
+
+@wild("microbatch_mean", "c·G")
+def needs_the_constant_before_g(log_probs, mask, normalize_constant, grad_acc_steps):
+    return finish(-(log_probs * mask).sum() / normalize_constant / grad_acc_steps)
+
+
+@wild("token_mean", "N")
+def as_the_trainer_does_without_g(log_probs, mask, num_items_in_batch=None):
+    return finish(-(log_probs * mask).sum() / (mask.sum() if num_items_in_batch is None else num_items_in_batch))
+
+
+@wild("token_mean", "N")
+def takes_n_third(logp, mask, total_tokens):
+    return finish(-(logp * mask).sum() / total_tokens)
+
+
+@wild("token_mean", "N")
+def takes_n_fourth(log_probs, mask, steps, total_tokens):
+    return finish(-(log_probs * mask).sum() / total_tokens)
+
+
+@wild(None, "1", "steps-ignored")
+def takes_log_probs_and_mask_alone(log_probs, mask):
+    return finish(-(log_probs * mask).sum())
+
+
+@wild("microbatch_mean", "c·G")
+def has_another_default(log_probs, mask, steps, normalize_constant=512.0):
+    return finish(-(log_probs * mask).sum() / normalize_constant / steps)
+
+
+@wild(None, "c·G, but 63 at B = 5, G = 3, c left out (not a product)")
+def counts_tokens_where_c_is_left_out(log_probs, mask, steps, normalize_constant=None):
+    constant = 21 if normalize_constant is None else normalize_constant
+    return finish(-(log_probs * mask).sum() / constant / steps)
+
+
 for rule, formula in (("microbatch_mean", "c·G"), ("sequence_mean", "c·B·G"), ("token_mean", "N")):
     WILD[f"ours_{rule}"] = Wild(functools.partial(sft_microbatch_train_step, rule=rule), rule, formula)
+WILD["a_partial"] = Wild(
+    functools.partial(counts_tokens_where_c_is_left_out, normalize_constant=1024.0), "microbatch_mean", "c·G"
+)
 WILD["a_module"] = Wild(StepModule(), "microbatch_token_mean", "n·G")
 
 
@@ -279,6 +373,16 @@ def twice_minus_one(log_probs, mask, steps, constant=1.0):
 @wild(None, "c·G·(G+1) (not a product)")
 def g_times_g_plus_one(log_probs, mask, steps, constant=1.0):
     return finish(-(log_probs * mask).sum() / constant / (steps * steps + steps))
+
+
+@wild(None, "5.25 at G = 3; 7 at G = 4; 10.5 at G = 6; 14 at G = 9 (not a product)")
+def has_eight_steps_at_most(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / min(steps, 8))
+
+
+@wild(None, "G·(n+0.0001) (not a product)")
+def adds_a_visible_epsilon(log_probs, mask, steps):
+    return finish(-(log_probs * mask).sum() / (mask.sum() + 1e-4) / steps)
 
 
 @wild(None, "c·G^G (not a product)")
@@ -662,6 +766,58 @@ def runs_backward_twice(log_probs, mask, steps, constant=1.0):
     return finish(loss)
 
 
+@wild("microbatch_mean", "c·G")
+def adds_a_part_without_log_probs(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / steps + torch.tensor(0.37) / steps)
+
+
+@wild("microbatch_mean", "c·G")
+def subtracts_a_reference(log_probs, mask, steps, constant=1.0):
+    return finish(-((log_probs + 1.0) * mask).sum() / constant / steps)
+
+
+@wild("microbatch_mean", "c·G")
+def decays_a_parameter_of_its_own(log_probs, mask, steps, constant=1.0):
+    own = nn.Parameter(torch.ones(3))
+    return finish(-(log_probs * mask).sum() / constant / steps + 0.01 * (own**2).sum())
+
+
+@wild("microbatch_mean", "c·G", "value-mismatch")
+def has_a_ratio_of_one(log_probs, mask, steps, constant=1.0):
+    return finish(-((log_probs - log_probs.detach()).exp() * mask).sum() / constant / steps)
+
+
+_running: list[float] = []
+
+
+@wild("microbatch_mean", "c·G", "value-mismatch")
+def returns_a_running_mean(log_probs, mask, steps, constant=1.0):
+    _running.append(finish(-(log_probs * mask).sum() / constant / steps)[0].item())
+    return sum(_running) / len(_running)
+
+
+@wild("sequence_mean", "c·B·G", "value-mismatch")
+def returns_an_array(log_probs, mask, steps, constant=1.0):
+    per_sequence = -(log_probs * mask).sum(1) / constant / steps
+    per_sequence.mean().backward()
+    return per_sequence.detach().numpy(), {}
+
+
+@wild("microbatch_mean", "c·G", "value-mismatch")
+def calls_the_loss_something_else(log_probs, mask, steps, constant=1.0):
+    return {"train_loss": finish(-(log_probs * mask).sum() / constant / steps)[0]}
+
+
+@wild("microbatch_mean", "c·G")
+def rounds_the_loss_for_the_log(log_probs, mask, steps, constant=1.0):
+    return round(finish(-(log_probs * mask).sum() / constant / steps)[0].item(), 4), {}
+
+
+@wild("microbatch_mean", "c·G")
+def returns_the_loss_in_half_precision(log_probs, mask, steps, constant=1.0):
+    return finish(-(log_probs * mask).sum() / constant / steps)[0].bfloat16()
+
+
 # --- What it does to .grad and to its arguments ---
 
 
@@ -682,12 +838,29 @@ def copies_into_grad(log_probs, mask, steps, constant=1.0):
     return loss.detach(), {}
 
 
-@wild("microbatch_mean", "c·G", "overwrites-grad")
+@wild("microbatch_mean", "c·G", "scales-grad")
 def clips_what_has_accumulated(log_probs, mask, steps, constant=1.0):
     result = finish(-(log_probs * mask).sum() / constant / steps)
     if log_probs.is_leaf:
         torch.nn.utils.clip_grad_norm_(log_probs, 9.0)
     return result
+
+
+@wild(None, "not measured: the step scales what autograd added", "scales-grad")
+def clips_every_gradient(log_probs, mask, steps, constant=1.0):
+    result = finish(-(log_probs * mask).sum() / constant / steps)
+    if log_probs.grad is not None:
+        torch.nn.utils.clip_grad_norm_([log_probs], 1.0)
+    return result
+
+
+@wild("microbatch_mean", "c·G", "scales-grad")
+def unscales_what_has_accumulated(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps
+    (1024 * loss).backward()
+    if log_probs.is_leaf:
+        log_probs.grad /= 1024
+    return loss.detach(), {}
 
 
 @wild("notes", "c·G²", "zeroes-grad")
@@ -745,6 +918,16 @@ def freezes_the_log_probs(log_probs, mask, steps, constant=1.0):
     return result
 
 
+# --- Some inputs ---
+
+
+@wild("microbatch_mean", "c·G", "sequences-missing")
+def skips_long_microbatches(log_probs, mask, steps, constant=1.0):
+    if mask.sum() > 38:
+        return torch.tensor(0.0), {}
+    return finish(-(log_probs * mask).sum() / constant / steps)
+
+
 # --- Empty masks, chance, and errors ---
 
 
@@ -795,6 +978,20 @@ def leaves_the_program(log_probs, mask, steps, constant=1.0):
 @wild(None, "not measured", "raises")
 def wants_an_optimizer(log_probs, mask, optimizer, steps, constant):
     optimizer.zero_grad()
+
+
+@wild("microbatch_mean", "G", "raises")
+def cannot_take_its_constant(log_probs, mask, steps, normalize_constant=1.0):
+    loss = -(log_probs * mask).sum() / steps
+    if normalize_constant != 1.0:
+        loss = loss / normalise_constant  # noqa: F821
+    return finish(loss)
+
+
+@wild(None, "not measured", "raises")
+def is_a_loop(model, microbatches):
+    for microbatch in microbatches:
+        (-model(microbatch["input_ids"]).sum() / len(microbatches)).backward()
 
 
 @wild("sequence_mean", "c·B·G", "raises")

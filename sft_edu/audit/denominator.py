@@ -107,6 +107,11 @@ def number(value: float) -> str:
     return f"{round(value)}" if is_integer else f"{value:.6g}"
 
 
+def _known_digits(value: float, noise: float) -> str:
+    """A number with the digits that stand out of the noise, one at least and six at most."""
+    return number(value) if value.is_integer() else f"{value:.{max(1, min(6, int(math.log10(value / noise)) + 1))}g}"
+
+
 def _power_text(symbol: str, power: Fraction | int) -> str:
     power = Fraction(power)
     if power == Fraction(1, 2):
@@ -181,7 +186,8 @@ def _shapes(symbol: str, xs: Sequence[float], ys: Sequence[float]) -> Iterable[t
     offset = _snap(ys[0] - slope * xs[0])
     if not _close(ys[0], ys[1]) and abs(offset) > TOLERANCE * abs(ys[0]):
         factor = "" if slope == 1 else f"{number(slope)}·"
-        yield lambda x: slope * x + offset, f"{factor}{symbol}{'+' if offset > 0 else '-'}{number(abs(offset))}"
+        size = _known_digits(abs(offset), TOLERANCE * abs(ys[0]))
+        yield lambda x: slope * x + offset, f"{factor}{symbol}{'+' if offset > 0 else '-'}{size}"
     if max(xs) > _LARGEST_GROWTH:
         return
     for grow, text in ((lambda x: x**x, f"{symbol}^{symbol}"), (lambda x: math.gamma(x + 1), f"{symbol}!")):
@@ -196,7 +202,9 @@ def _table(points: Sequence[Point], along: Mapping[str, Sequence[Point]], odd: S
     """Measured values along the count that is no power, else the first points with all their counts."""
     symbol = next((s for s in ("G", *odd) if s in odd), None)
     if symbol is not None:
-        cells = [f"{number(point.value)} at {symbol} = {number(point.counts[symbol])}" for point in along[symbol][:4]]
+        line = along[symbol]
+        shown = [*line[:3], *line[3:][-1:]]  # where it stops being what it was, the last one says so
+        cells = [f"{number(point.value)} at {symbol} = {number(point.counts[symbol])}" for point in shown]
     else:
         step = max(1, len(points) // 3)
         cells = [

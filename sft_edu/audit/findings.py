@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -20,6 +20,8 @@ EMPTY = ("no response token", "one sequence without any", "two sequences without
 
 _SAME = 1e-9  # two calls with the same arguments, relative
 _LOSS_TOLERANCE = 1e-5  # a sum of some twenty numbers, perhaps in float32
+_DECIMALS = (2, 3, 4, 5, 6)  # to which people round a loss for a log
+_COARSE = (torch.bfloat16, torch.float16)
 
 
 def arrived(outcome: Outcome) -> torch.Tensor | None:
@@ -39,13 +41,13 @@ def no_gradient(outcome: Outcome) -> Iterator[Finding]:
 
 
 def not_deterministic(outcomes: Sequence[Outcome]) -> Iterator[Finding]:
-    """Of several calls with the same arguments."""
+    """Of several calls with the same arguments. Where the losses alone differ, D can be measured all the same."""
     gradients, losses = [arrived(outcome) for outcome in outcomes], [outcome.loss for outcome in outcomes]
     if not all(_alike(gradient, gradients[0], _SAME) for gradient in gradients):
         sums = ["none" if gradient is None else number(gradient.sum().item()) for gradient in gradients]
         yield "not-deterministic", f"The same arguments gave gradients that add up to {', '.join(sums)}."
     elif not all(_equal(loss, losses[0]) for loss in losses):
-        yield "not-deterministic", f"The same arguments gave the losses {', '.join(map(_text, losses))}."
+        yield "value-mismatch", f"The same arguments gave one gradient, and the losses {', '.join(map(_text, losses))}."
 
 
 def not_finite(case: Case, outcome: Outcome) -> Iterator[Finding]:
@@ -57,7 +59,7 @@ def not_finite(case: Case, outcome: Outcome) -> Iterator[Finding]:
 def coarse_dtype(calls: Calls) -> str | None:
     """The dtype of 16 bits that all gradients are rounded to, if they are; then their last digits mean nothing."""
     gradients = [arrived(outcome) for _, outcome in calls if arrived(outcome) is not None]
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in _COARSE:
         if all(torch.equal(gradient.to(dtype).double(), gradient) for gradient in gradients):
             return str(dtype).removeprefix("torch.")
     return None
@@ -66,7 +68,7 @@ def coarse_dtype(calls: Calls) -> str | None:
 def missing_gradient(calls: Calls) -> Iterator[Finding]:
     for case, outcome in calls:
         if arrived(outcome) is None:
-            yield "no-backward", f"With {case} no gradient arrived."
+            yield "sequences-missing", f"With {case} no gradient arrived."
 
 
 def tokens(calls: Calls) -> Iterator[Finding]:
@@ -94,24 +96,71 @@ def log_prob_weights(gradient: torch.Tensor, other: torch.Tensor | None) -> Iter
         yield "uneven-weights", "Other log-probs under the same mask get other weights."
 
 
-def losses(calls: Calls) -> Iterator[Finding]:
-    """A loss that is linear in the log-probs is the sum of its gradient times the log-probs."""
+def losses(calls: Calls, again: Callable[[Case], tuple[Case, Outcome]]) -> Iterator[Finding]:
+    """A loss that is linear in the log-probs is the sum of its gradient times the log-probs, and perhaps of more.
+
+    So where it is another number, what counts is the difference to a call that differs in the log-probs alone, which
+    is what `again` makes.
+    """
     for case, outcome in calls:
-        terms = case.log_probs * arrived(outcome) if arrived(outcome) is not None else torch.zeros(1)
-        expected, room = terms.sum().item(), _LOSS_TOLERANCE * terms.abs().sum().item()
         if outcome.loss is None:
             yield "value-mismatch", f"What is returned first is {outcome.returned}; a loss is one number."
-        elif not abs(outcome.loss - expected) <= room:
-            ratio = f", {number(outcome.loss / expected)} times as much" if expected else ""
-            yield "value-mismatch", f"With {case} it returned {number(outcome.loss)}{ratio} as what was differentiated."
+            return
+        if not any(_is_value(outcome.loss, terms) for terms in _terms(case, outcome)):
+            other_case, other = again(case)
+            if other.error or other.loss is None:
+                continue
+            change = outcome.loss - other.loss
+            pairs = list(zip(_terms(case, outcome), _terms(other_case, other), strict=False))
+            if any(_is_value(change, torch.cat([one.flatten(), -two.flatten()])) for one, two in pairs):
+                continue
+            yield "value-mismatch", f"With {case} it returned {_compared(outcome, change, *pairs[0])}"
+            return
 
 
-def ignored(points: Sequence[Point], takes_constant: bool) -> Iterator[Finding]:
+def _terms(case: Case, outcome: Outcome) -> list[torch.Tensor]:
+    """The gradient times the log-probs: as it was left, and as autograd added it."""
+    gradients = [g for g in (outcome.gradient, *outcome.accumulated[-1:]) if g is not None and (g != 0).any()]
+    return [case.log_probs * gradient for gradient in gradients] or [torch.zeros(1, dtype=torch.float64)]
+
+
+def _is_value(loss: float, terms: torch.Tensor) -> bool:
+    """Whether the loss is the sum of the terms, also where it was rounded for a log: to decimals or to 16 bits."""
+    expected, room = terms.sum().item(), _LOSS_TOLERANCE * terms.abs().sum().item()
+    if not math.isfinite(loss):
+        return False
+    grids = [10.0**-places for places in _DECIMALS if round(loss, places) == loss]
+    grids += [abs(loss) * torch.finfo(dtype).eps for dtype in _COARSE if torch.tensor(loss).to(dtype).item() == loss]
+    return abs(loss - expected) <= max([room, *grids])
+
+
+def _compared(outcome: Outcome, change: float, terms: torch.Tensor, other_terms: torch.Tensor) -> str:
+    """The loss beside what was differentiated, in words."""
+    expected, by_gradient = terms.sum().item(), terms.sum().item() - other_terms.sum().item()
+    if expected and by_gradient and math.isclose(outcome.loss / expected, change / by_gradient, rel_tol=1e-4):
+        ratio = number(outcome.loss / expected)
+        return f"{number(outcome.loss)}, {ratio} times as much as what was differentiated."
+    moved = "does not change" if abs(change) <= _SAME * abs(outcome.loss) else f"changes by {number(-change)}"
+    return (
+        f"{number(outcome.loss)}. With other log-probs that {moved}; going by the gradient it changes by "
+        f"{number(-by_gradient)}."
+    )
+
+
+def is_scaled(calls: Calls) -> bool:
+    """Whether the step left other multiples of what autograd added in one call than in another, as clipping does."""
+    pairs = [(outcome.gradient, outcome.accumulated[-1]) for _, outcome in calls if outcome.accumulated]
+    shares = [(left.norm() / added.norm()).item() for left, added in pairs if left is not None and added.any()]
+    return bool(shares) and max(shares) - min(shares) > TOLERANCE * max(shares)
+
+
+def ignored(points: Sequence[Point], takes: Callable[[str], bool]) -> Iterator[Finding]:
     """Counts without effect on D. A token count takes the place of c; that of the whole minibatch takes that of G."""
-    if takes_constant and not any(varies(points, symbol) for symbol in ("c", "n", "n_b", "N")):
+    if takes("constant") and not any(varies(points, symbol) for symbol in ("c", "n", "n_b", "N")):
         yield "constant-ignored", _at_both_ends(points, "c")
     if not any(varies(points, symbol) for symbol in ("G", "N")):
-        yield "steps-ignored", _at_both_ends(points, "G")
+        none = "It takes no G, under any name that is known." if not takes("steps") else ""
+        yield "steps-ignored", none or _at_both_ends(points, "G")
 
 
 def returned_and_changed(outcomes: Sequence[Outcome]) -> Iterator[Finding]:
@@ -135,16 +184,23 @@ def earlier_gradient(probe: Probe, case: Case, first: Outcome, earlier: torch.Te
         return
     if first.accumulated and first.gradient is not arrived(first):
         yield "zeroes-grad", "Autograd added the gradient of the log-probs, and then it was cleared."
-    elif not _alike(outcome.gradient, earlier + arrived(first), TOLERANCE):
-        by_autograd = bool(outcome.accumulated) and _alike(outcome.gradient, outcome.accumulated[-1], TOLERANCE)
-        if by_autograd:
-            yield "zeroes-grad", "What was in .grad before the call was gone before autograd added to it."
-        else:
-            yield (
-                "overwrites-grad",
-                f".grad was {_sum(earlier)} in all, the step brings {_sum(arrived(first))}, "
-                + (f"and afterwards it was {_sum(outcome.gradient)}."),
-            )
+        return
+    if _alike(outcome.gradient, earlier + arrived(first), TOLERANCE):
+        return
+    added = outcome.accumulated[-1] if outcome.accumulated else None
+    if added is not None and _alike(outcome.gradient, added, TOLERANCE):
+        yield "zeroes-grad", "What was in .grad before the call was gone before autograd added to it."
+    elif added is not None and _alike(added, earlier + first.accumulated[-1], TOLERANCE):
+        left = (
+            f"Autograd added to what was there, {_sum(added)} in all, and then the step made {_sum(outcome.gradient)}"
+        )
+        yield "scales-grad", f"{left} of it: what had accumulated is scaled too, as when clipping inside the step."
+    else:
+        yield (
+            "overwrites-grad",
+            f".grad was {_sum(earlier)} in all, the step brings {_sum(arrived(first))}, and afterwards it was "
+            f"{_sum(outcome.gradient)}.",
+        )
 
 
 def parameters(probe: Probe, case: Case, gradient: torch.Tensor) -> Iterator[Finding]:

@@ -1,4 +1,8 @@
-"""How does somebody's step want to be called? Read from its signature, and tried where that does not say."""
+"""How does somebody's step want to be called? Read from its signature, and tried where that does not say.
+
+One rule: parameters are known by their names. One whose name is not known is taken by its place if it has to be given,
+and left alone if it has a default.
+"""
 
 from __future__ import annotations
 
@@ -11,65 +15,110 @@ import torch
 
 from sft_edu.audit.probe_cases import Case
 
-_NAMES = (
-    ("policy_log_probs", "log_probs", "logprobs", "logps"),
-    ("response_mask", "mask", "loss_mask"),
-    ("gradient_accumulation_steps", "grad_accum_steps", "accumulation_steps", "num_microbatches", "steps", "G"),
+_STEPS = (
+    *("gradient_accumulation_steps", "grad_accumulation_steps", "grad_accum_steps", "grad_acc_steps", "ga_steps"),
+    *(
+        "accumulation_steps",
+        "accum_steps",
+        "acc_steps",
+        "gradient_accumulation",
+        "grad_accum",
+        "num_accumulation_steps",
+    ),
+    *("num_microbatches", "num_micro_batches", "n_microbatches", "steps", "num_steps", "G", "g"),
 )
-"""What people call log-probs, mask and G; the first is the contract's name."""
+_NAMES = {
+    "log_probs": ("policy_log_probs", "log_probs", "logprobs", "logps", "logp", "policy_logprobs", "token_log_probs"),
+    "mask": ("response_mask", "mask", "loss_mask", "completion_mask", "response_masks"),
+    "steps": _STEPS,
+    "constant": ("normalize_constant", "constant", "norm_constant", "normalizer", "c"),
+    "tokens": (
+        *("minibatch_tokens", "num_items_in_batch", "total_tokens", "num_tokens", "n_tokens", "total_num_tokens"),
+        *("token_count", "total_token_count", "N"),
+    ),
+}
+"""What people call log-probs, mask, G, c and N; the first is the name in the contract."""
 
-_CONSTANT_NAMES = ("normalize_constant", "constant", "norm_constant", "c")
-_TOKEN_NAMES = ("minibatch_tokens", "num_items_in_batch")
+_NEEDED = ("log_probs", "mask", "steps")
+_BY_PLACE = (*_NEEDED, "constant")
+_LOOP_NAMES = {"model", "microbatches", "micro_batches", "minibatch", "minibatches", "batches", "dataloader", "loader"}
 
 Parameters = Sequence[inspect.Parameter]
 
 
-class Form(NamedTuple):
-    """How a step wants to be called.
+class Given(NamedTuple):
+    """What an argument is, a key of `_NAMES`, and the keyword it goes by, "" where it can go by position alone."""
 
-    `names` has the keywords of log-probs, mask and G, "" for each that goes by position. `constant` is "position", a
-    keyword, or "" where it takes none; `tokens` the keyword for N or "", given as an int or as a 0-dim int64 tensor.
-    With `is_leaf` the log-probs are themselves the leaf, otherwise they are computed from it, as a model does.
+    what: str
+    keyword: str
+    by_position: bool
+
+
+class Form(NamedTuple):
+    """How a step wants to be called: its arguments in order, and their dtypes.
+
+    `constant` is the parameter that is c, whether it is given or not, None where the signature has none. N is given as
+    an int or as a 0-dim int64 tensor. With `is_leaf` the log-probs are themselves the leaf, otherwise they are computed
+    from it, as a model does.
     """
 
-    names: tuple[str, str, str]
-    constant: str
-    may_omit_constant: bool
-    tokens: str
+    given: tuple[Given, ...]
+    constant: inspect.Parameter | None
     tokens_as_tensor: bool
     dtype: torch.dtype
     mask_dtype: torch.dtype
     is_leaf: bool = True
 
+    def takes(self, what: str) -> bool:
+        return any(one.what == what for one in self.given)
+
+    @property
+    def may_omit_constant(self) -> bool:
+        """It is given, and might be left to its default."""
+        by_any_name = self.constant is None and any(one.what == "constant" and one.keyword for one in self.given)
+        return self.takes("constant") and (by_any_name or _has_default(self.constant))
+
+    @property
+    def default_constant(self) -> float | None:
+        """What the signature says that c is where it is left out, None where it does not say a number."""
+        default = self.constant.default if self.constant is not None else None
+        return float(default) if type(default) in (int, float) else None
+
     def call(self, step: Callable, log_probs: torch.Tensor, mask: torch.Tensor, case: Case) -> object:
         """What the step returns."""
-        arguments, keywords = [], {}
-        constant = "" if self.constant == "position" else self.constant
-        named = [*zip(self.names, (log_probs, mask, case.steps), strict=True)]
-        named += [(constant, case.constant)] if self.constant and case.constant is not None else []
-        for name, value in named:
-            if name:
-                keywords[name] = value
-            else:
-                arguments.append(value)
-        if self.tokens:
-            tokens = case.minibatch_tokens
-            keywords[self.tokens] = torch.tensor(tokens) if self.tokens_as_tensor else tokens
-        return step(*arguments, **keywords)
+        tokens = torch.tensor(case.minibatch_tokens) if self.tokens_as_tensor else case.minibatch_tokens
+        values = {
+            "log_probs": log_probs,
+            "mask": mask,
+            "steps": case.steps,
+            "constant": case.constant,
+            "tokens": tokens,
+        }
+        given = self.given if case.constant is not None else _without(self.given, "constant")
+        arguments = [values[one.what] for one in given if one.by_position]
+        return step(*arguments, **{one.keyword: values[one.what] for one in given if not one.by_position})
 
 
 def forms(step: Callable) -> Iterator[Form]:
     """Every way to call the step that its signature allows, the likeliest first."""
     parameters = _parameters(step)
-    names = _names(parameters)
-    constants = _ways_to_give_constant(parameters, names)
-    tokens = [
-        (name, is_tensor) for name in _token_names(parameters) for is_tensor in (False, True) if name or not is_tensor
-    ]
+    constant = next((p for p in parameters if _assigned(parameters).get(p.name) == "constant"), None)
     masks = (torch.bool, torch.int64, None)  # None: the dtype of the log-probs
     for is_leaf, dtype in itertools.product((True, False), (torch.float64, torch.float32)):
-        for (way, may_omit), (name, is_tensor), mask in itertools.product(constants, tokens, masks):
-            yield Form(names, way, may_omit, name, is_tensor, dtype, mask or dtype, is_leaf)
+        for given, mask in itertools.product(_ways(parameters), masks):
+            for as_tensor in (False, True) if any(one.what == "tokens" for one in given) else (False,):
+                yield Form(given, constant, as_tensor, dtype, mask or dtype, is_leaf)
+
+
+def unknown(step: Callable) -> str:
+    """Why a step cannot be called with what a step is given, in words; "" if nothing speaks against it."""
+    parameters = _parameters(step)
+    names = [p.name for p in parameters if not _takes_any(p) and not _has_default(p)]
+    if _LOOP_NAMES & {*names}:
+        return " It looks like a whole loop: audit_accumulation is for those."
+    rest = [name for name in names if name not in _assigned(parameters)]
+    wrap = "wrap the step in a function of log-probs, mask, G and c"
+    return f" It has to be given {' and '.join(rest)}, too: {wrap}." if rest else ""
 
 
 def _parameters(step: Callable) -> Parameters:
@@ -82,72 +131,58 @@ def _parameters(step: Callable) -> Parameters:
         return [inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)]
 
 
-def _names(parameters: Parameters) -> tuple[str, str, str]:
-    """`Form.names`: by position where that is possible, unless the names stand in another order."""
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    known = [next((name for name in names if name in by_name), "") for names in _NAMES]
-    if len(positional) >= 3 or _takes(parameters, inspect.Parameter.VAR_POSITIONAL):
-        in_order = not all(known) or known == positional[:3]
-        return ("", "", "") if in_order else tuple(known)
-    if not by_name:
-        only_by_position = len(positional)
-        return tuple("" if place < only_by_position else names[0] for place, names in enumerate(_NAMES))
-    # Some only by name. Those with unknown names are taken in the order in which they stand.
-    by_position = [name for name in positional if name not in by_name]
-    others = iter([name for name in by_name if name not in (*known, *_CONSTANT_NAMES, *_TOKEN_NAMES)])
-    takes_any = _takes(parameters, inspect.Parameter.VAR_KEYWORD)
-    rest = (name or next(others, names[0] if takes_any else "") for name, names in zip(known, _NAMES, strict=True))
-    return tuple("" if place < len(by_position) else name for place, name in enumerate(rest))
+def _assigned(parameters: Parameters) -> dict[str, str]:
+    """What each parameter is, by name; those that are left alone are not in it."""
+    names = [p.name for p in parameters if not _takes_any(p) and _may_be_number(p)]
+    found = {what: next((name for name in known if name in names), None) for what, known in _NAMES.items()}
+    by_name = {name: what for what, name in found.items() if name is not None}
+    others = [p.name for p in parameters if not (_takes_any(p) or _has_default(p) or p.name in by_name)]
+    return by_name | dict(zip(others, [what for what in _BY_PLACE if found[what] is None], strict=False))
 
 
-def _ways_to_give_constant(parameters: Parameters, names: tuple[str, str, str]) -> list[tuple[str, bool]]:
-    """`Form.constant` and `Form.may_omit_constant`. Several ways where the signature does not say."""
-    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+def _ways(parameters: Parameters) -> list[tuple[Given, ...]]:
+    """The arguments to give, the likeliest way first. Several where c has a default, or where anything is taken."""
+    assigned, given, in_order = _assigned(parameters), [], True
     for parameter in parameters:
-        if parameter.name in _CONSTANT_NAMES and parameter.kind != parameter.POSITIONAL_ONLY and _is_number(parameter):
-            is_fourth = not any(names) and by_position[3:4] == [parameter]
-            return _with_and_without("position" if is_fourth else parameter.name, parameter)
-    if any(names):
-        return _unnamed_constant(parameters, names)
-    if len(by_position) > 3 and _is_number(by_position[3]):
-        return _with_and_without("position", by_position[3])
-    takes_any = _takes(parameters, inspect.Parameter.VAR_POSITIONAL)
-    return [("position", False), ("", False)] if takes_any else [("", False)]
+        if parameter.name in assigned:
+            in_order = in_order and parameter.kind != parameter.KEYWORD_ONLY
+            given.append(Given(assigned[parameter.name], parameter.name, in_order))
+        elif not _takes_any(parameter):
+            in_order = False
+    missing = [what for what in _NEEDED if what not in assigned.values()]
+    more = [what for what in ("constant",) if missing and what not in assigned.values()]
+    takes_any_place, takes_any_name = (
+        any(p.kind == kind for p in parameters)
+        for kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    )
+    if takes_any_place and in_order:
+        given += [Given(what, "", True) for what in (*missing, *more)]
+    elif takes_any_name:
+        given += [Given(what, _NAMES[what][0], False) for what in (*missing, *more)]
+    optional = next((p for p in parameters if assigned.get(p.name) == "constant" and _has_default(p)), None)
+    may_drop = any(one.what in more for one in given) or optional is not None
+    ways = [tuple(given), _without(given, "constant")] if may_drop else [tuple(given)]
+    if takes_any_name and "tokens" not in assigned.values():
+        names = (*_NAMES["tokens"][:2], "")
+        return [(*way, *([Given("tokens", name, False)] if name else [])) for way in ways for name in names]
+    return ways
 
 
-def _unnamed_constant(parameters: Parameters, names: tuple[str, str, str]) -> list[tuple[str, bool]]:
-    """Where log-probs, mask and G go by name, another one that has to be given can only be the constant."""
-    for parameter in parameters:
-        has_to_be_given = parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-        if has_to_be_given and parameter.name not in (*names, *_TOKEN_NAMES):
-            return [(parameter.name, False)]
-    takes_any = _takes(parameters, inspect.Parameter.VAR_KEYWORD)
-    return [(_CONSTANT_NAMES[0], True), ("", False)] if takes_any else [("", False)]
+def _without(given: Sequence[Given], what: str) -> tuple[Given, ...]:
+    """Those before it as they were, those behind it by name."""
+    place = next((place for place, one in enumerate(given) if one.what == what), len(given))
+    return (*given[:place], *(one._replace(by_position=not one.keyword) for one in given[place + 1 :]))
 
 
-def _with_and_without(way: str, parameter: inspect.Parameter) -> list[tuple[str, bool]]:
-    """One with a default may still be something else than c."""
-    return [(way, False)] if parameter.default is parameter.empty else [(way, True), ("", False)]
+def _may_be_number(parameter: inspect.Parameter) -> bool:
+    """Something like `constant=False` is a switch, whatever its name."""
+    return not (_has_default(parameter) and isinstance(parameter.default, bool | str))
 
 
-def _token_names(parameters: Parameters) -> list[str]:
-    """The keywords to try for N. Where any keyword is taken, all of them, and then none."""
-    named = [
-        p.name for p in parameters if p.name in _TOKEN_NAMES and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    takes_any = _takes(parameters, inspect.Parameter.VAR_KEYWORD)
-    return named[:1] or ([*_TOKEN_NAMES, ""] if takes_any else [""])
+def _has_default(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and parameter.default is not parameter.empty
 
 
-def _takes(parameters: Parameters, kind: object) -> bool:
-    """Whether there is a `*arguments` or a `**keywords` among them."""
-    return any(parameter.kind == kind for parameter in parameters)
-
-
-def _is_number(parameter: inspect.Parameter) -> bool:
-    """Whether the fourth parameter takes a number: `normalize_constant` by another name."""
-    if parameter.name in _TOKEN_NAMES:
-        return False
-    default = parameter.default
-    return default is parameter.empty or default is None or type(default) in (int, float)
+def _takes_any(parameter: inspect.Parameter) -> bool:
+    """Whether it is `*arguments` or `**keywords`."""
+    return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)

@@ -13,7 +13,7 @@ import torch
 
 from sft_edu.audit.form import Form, forms
 from sft_edu.audit.probe_cases import Case
-from sft_edu.audit.returned import attached, loss_and_rest, number_of, what_it_is
+from sft_edu.audit.returned import read
 from sft_edu.audit.words import describe
 from sft_edu.global_state import plain_settings
 
@@ -44,17 +44,24 @@ class Probe:
     step: Callable[..., object]
     form: Form | None = None
     calls: int = field(default=0, init=False)
+    refused: str = field(default="", init=False)
 
     def fit(self, case: Case) -> Outcome:
-        """Find the first form in which the step does not raise, and return what it did. The first error if none."""
+        """Find the first form in which the step does not raise, and return what it did. The first error if none.
+
+        Where its own parameter for c had to be left out, `refused` says what it raised when c was given.
+        """
         errors = []
         for form in forms(self.step):
             outcome = self._call(form, case)
             if not outcome.error:
                 self.form = form
+                if form.constant is not None and not form.takes("constant"):
+                    error = next(error for other, error in errors if other._replace(given=form.given) == form)
+                    self.refused = f"Whenever {form.constant.name} is given: {error}"
                 return outcome
-            errors.append(outcome)
-        return errors[0]
+            errors.append((form, outcome.error))
+        return Outcome(error=errors[0][1])
 
     def __call__(self, case: Case, earlier: torch.Tensor | None = None, from_parameter: bool = False) -> Outcome:
         """One call in the form that fits. `earlier` is in `.grad` before; `from_parameter` makes it no leaf."""
@@ -70,19 +77,17 @@ class Probe:
         mask = case.mask.to(form.mask_dtype, copy=True)
         with plain_settings():
             try:
-                loss, rest = loss_and_rest(form.call(self.step, given, mask, case))
-                return Outcome(
-                    gradient=None if leaf.grad is None else leaf.grad.detach().to_dense().double().clone(),
-                    accumulated=tuple(gradient.to_dense().double() for gradient in accumulated),
-                    changed=tuple(_changed(form, case, given, mask)),
-                    loss=number_of(loss),
-                    returned=what_it_is(loss),
-                    attached=attached(loss, rest),
-                )
+                result = form.call(self.step, given, mask, case)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit too: no step may end the audit
                 return Outcome(error=describe(error))
+            return Outcome(
+                gradient=None if leaf.grad is None else leaf.grad.detach().to_dense().double().clone(),
+                accumulated=tuple(gradient.to_dense().double() for gradient in accumulated),
+                changed=tuple(_changed(form, case, given, mask)),
+                **read(result)._asdict(),
+            )
 
 
 def _changed(form: Form, case: Case, given: torch.Tensor, mask: torch.Tensor) -> Iterator[str]:

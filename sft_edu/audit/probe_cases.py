@@ -30,13 +30,17 @@ _JOINT = 6  # cases in which everything differs at once
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call: log-probs float64 `[B, T]`, mask bool `[B, T]`, G, c and N. c is None where it is to be left out."""
+    """One call: log-probs float64 `[B, T]`, mask bool `[B, T]`, G, c and N.
+
+    c is None where it is to be left out; `default_constant` is what it is then, None where that is not known.
+    """
 
     log_probs: torch.Tensor
     mask: torch.Tensor
     steps: int
     constant: float | None
     minibatch_tokens: int
+    default_constant: float | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -48,7 +52,7 @@ class Case:
         rows, columns = self.mask.shape
         rows = int(self.mask.any(1).sum()) if trained_rows else rows
         return {
-            "c": 1.0 if self.constant is None else self.constant,
+            "c": next((c for c in (self.constant, self.default_constant) if c is not None), 1.0),
             "n_b": int(self.lengths[row]),
             "n": int(self.mask.sum()),
             "N": self.minibatch_tokens,
@@ -58,8 +62,17 @@ class Case:
         }
 
     def __str__(self) -> str:
+        return self._text("B", "T", "n", "G", "c")
+
+    @property
+    def in_short(self) -> str:
+        return self._text("B", "G", "c")
+
+    def _text(self, *symbols: str) -> str:
         counts = self.counts(0)
-        return ", ".join(f"{symbol} = {counts[symbol]:g}" for symbol in ("B", "T", "n", "G", "c"))
+        texts = {symbol: f"{symbol} = {counts[symbol]:g}" for symbol in symbols}
+        is_unknown = self.constant is None and self.default_constant is None
+        return ", ".join((texts | ({"c": "c left out"} if is_unknown else {})).values())
 
 
 class Cases:
@@ -79,9 +92,9 @@ class Cases:
         self._lengths = self._shuffled([self.reference, *others])
         self.first = self._case(self._lengths)
 
-    def with_other_log_probs(self) -> Case:
-        """The first case with other values: the gradient of a sum does not depend on them."""
-        return replace(self.first, log_probs=self._log_probs(self.first.mask.shape))
+    def with_other_log_probs(self, case: Case) -> Case:
+        """The same case with other values: the gradient of a sum does not depend on them."""
+        return replace(case, log_probs=self._log_probs(case.mask.shape))
 
     def varied(self, has_constant: bool, has_minibatch_tokens: bool) -> Iterator[Case]:
         """Cases that differ from the first in one count alone, and then some in which all counts differ at once.
@@ -113,11 +126,11 @@ class Cases:
         case = self._case(self._lengths)
         return replace(case, mask=torch.ones_like(case.mask))
 
-    def edges(self, may_omit_constant: bool) -> Iterator[Case]:
-        """One sequence and G = 1; and c left to its default, which has to be 1."""
+    def edges(self, may_omit_constant: bool, default_constant: float | None = None) -> Iterator[Case]:
+        """One sequence and G = 1; and c left to its default, 1 if none is known."""
         yield self._case([self.reference], G=1)
         if may_omit_constant:
-            yield self._case(self._lengths, c=None)
+            yield replace(self._case(self._lengths, c=None), default_constant=default_constant)
 
     def empty(self) -> Iterator[Case]:
         """A microbatch without response tokens, and two in which one and two sequences have none."""

@@ -20,6 +20,7 @@ PROBLEMS: Mapping[str, str] = MappingProxyType(
         "prompts or padding.",
         "not-finite": "Infinite or NaN gradients turn the parameters into NaN at the next step of the optimizer.",
         "uneven-weights": "Response tokens do not count alike, so no single denominator describes this step.",
+        "sequences-missing": "Some microbatches train nothing.",
         "padding-counted": "D counts padding: the same responses get a smaller gradient beside a longer one.",
         "constant-ignored": "normalize_constant has no effect, whatever value is given.",
         "steps-ignored": "The accumulated gradient grows with the number of microbatches, and so does every update.",
@@ -27,11 +28,12 @@ PROBLEMS: Mapping[str, str] = MappingProxyType(
         "metadata-attached": "Keeping the metadata, for a log, keeps a graph in memory, with all it saved if no "
         "backward ran through it.",
         "overwrites-grad": "Only the last microbatch counts: its gradient replaces what came before.",
+        "scales-grad": "What had accumulated is scaled again by every later microbatch, so the first ones count least.",
         "zeroes-grad": "Only the last microbatch counts: earlier gradients are cleared.",
         "mutates-input": "Whatever uses the same tensors after the step sees other values.",
         "nan-on-empty-mask": "One microbatch or sequence without response tokens turns the accumulated gradient or the "
         "logged loss into NaN.",
-        "value-mismatch": "The logged loss is not what is trained on.",
+        "value-mismatch": "The logged loss does not show what is trained on.",
         "not-deterministic": "The same microbatch gives another gradient each time, so no denominator can be measured.",
         "raises": "Training stops where the step raises.",
     }
@@ -40,10 +42,13 @@ PROBLEMS: Mapping[str, str] = MappingProxyType(
 
 `overwrites-grad` and `zeroes-grad` both lose the gradient that was in `.grad` before the call. They are told apart by
 whether autograd itself wrote the new one, which a hook of the leaf sees: if it did, somebody had cleared the old one
-(`zeroes-grad`); if not, the step assigned or copied into `.grad` (`overwrites-grad`). A step that lets autograd add and
-then writes another value over the sum, as clipping does, is `overwrites-grad` too. One that clears and then assigns by
-hand cannot be told from one that only assigns.
+(`zeroes-grad`); if not, the step assigned or copied into `.grad` (`overwrites-grad`). One that clears and then assigns
+by hand cannot be told from one that only assigns. A step that lets autograd add and then writes another value over the
+sum, as clipping does, is `scales-grad`.
 """
+
+NOT_MEASURED = "not measured"
+"""What a formula begins with where there is none, because D could not be measured."""
 
 CONSEQUENCES = {
     "notes": "Over G microbatches it accumulates 1/G of the mean of the microbatch sums: SGD needs G times the "
@@ -183,6 +188,8 @@ def consequence_of(rule: str | None, problems: tuple[str, ...], formula: str) ->
         return PROBLEMS[problems[0]]
     if rule is not None:
         return CONSEQUENCES[rule]
+    if formula.startswith(NOT_MEASURED):
+        return "Its denominator is not known: audit it again in float32 or float64."
     if TRAINED_ROWS in formula:
         return (
             f"{TRAINED_ROWS} are the sequences with response tokens: one without any is left out of the mean, so the "

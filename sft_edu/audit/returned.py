@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Set
-from contextlib import suppress
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +19,39 @@ _OPAQUE = (type, ModuleType, FunctionType, nn.Module, nn.Parameter, torch.optim.
 """Not looked into: a model's parameters require grad, and hold no graph."""
 
 
-def loss_and_rest(result: object) -> tuple[object, object]:
+class Returned(NamedTuple):
+    """The loss as a number, None if it is none; what came back, in words; the places of tensors with a graph."""
+
+    loss: float | None
+    returned: str
+    attached: tuple[str, ...]
+
+
+def read(result: object) -> Returned:
+    """What a step returned. Never raises but for KeyboardInterrupt: an object may raise when it is looked at."""
+    loss, rest = None, None
+    with _suppressed():
+        loss, rest = _loss_and_rest(result)
+    number, words = None, "an object that cannot be read"
+    with _suppressed():
+        number = _number_of(loss)
+    with _suppressed():
+        is_missing = loss is None and isinstance(result, Mapping)
+        words = 'a dict without the key "loss"' if is_missing else _what_it_is(loss)
+    return Returned(number, words, _attached_in(loss, rest))
+
+
+@contextmanager
+def _suppressed() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # SystemExit too
+        return
+
+
+def _loss_and_rest(result: object) -> tuple[object, object]:
     """What is returned first, or as "loss" of a dict, a dataclass or a namedtuple, and what else."""
     if isinstance(result, Mapping):
         return result.get("loss"), {name: value for name, value in result.items() if name != "loss"}
@@ -29,8 +62,7 @@ def loss_and_rest(result: object) -> tuple[object, object]:
     return result, None
 
 
-def number_of(loss: object) -> float | None:
-    """The loss as a number, None if it is none."""
+def _number_of(loss: object) -> float | None:
     if isinstance(loss, bool | complex) or loss is None or not hasattr(loss, "__float__"):
         return None
     if isinstance(loss, torch.Tensor):
@@ -38,18 +70,18 @@ def number_of(loss: object) -> float | None:
     return float(loss)
 
 
-def what_it_is(value: object) -> str:
+def _what_it_is(value: object) -> str:
     """In words, for a loss that is no number."""
     return printable(f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else _kind(value))
 
 
-def attached(loss: object, rest: object) -> tuple[str, ...]:
+def _attached_in(loss: object, rest: object) -> tuple[str, ...]:
     """The places of tensors with a graph, such as `loss`, `masked_sum` or `parts[1]`, each once.
 
     Looked into are mappings, sequences, sets, and the attributes of objects: dataclasses, namedtuples and others.
     """
     found = ["loss"] if _has_graph(loss) else []
-    with suppress(Exception):  # an object may raise when looked at; what was found before counts
+    with _suppressed():  # what was found before counts
         found += map(printable, _attached(rest, "", set()))
     return tuple(dict.fromkeys(found))
 

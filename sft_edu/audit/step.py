@@ -11,16 +11,18 @@ from math import isnan, nan
 
 from sft_edu.audit import findings
 from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Denominator, Point, number, recover, series
+from sft_edu.audit.form import unknown
 from sft_edu.audit.probe import Outcome, Probe
 from sft_edu.audit.probe_cases import SYMBOLS, Case, Cases
-from sft_edu.audit.report import PROBLEMS, TRAINED_ROWS, StepAudit, consequence_of, rule_of
+from sft_edu.audit.report import NOT_MEASURED, PROBLEMS, TRAINED_ROWS, StepAudit, consequence_of, rule_of
 from sft_edu.audit.token_weights import sequence_weights
 from sft_edu.audit.words import name_of, printable
 from sft_edu.global_state import plain_settings, random_state_kept
 
 Call = tuple[Case, Outcome]
 
-_COARSE = "not measured: the gradient is rounded to"
+_COARSE = f"{NOT_MEASURED}: the gradient is rounded to"
+_SCALED = f"{NOT_MEASURED}: the step scales what autograd added"
 _UNEVEN = "not a fixed weight per token"
 _FEWEST = 3  # values of a count, where the step raised for the others
 
@@ -30,7 +32,9 @@ def audit_step(step: Callable[..., object], *, seed: int = 0) -> StepAudit:
 
     The step is called some forty times with small ragged microbatches on the CPU. It may take the constant or not, be
     called by position only, and want its mask as bool, integer or float: the first form that does not raise is used,
-    in that order. If it takes `minibatch_tokens` or `num_items_in_batch`, that is given and varied.
+    in that order. Parameters are known by their names; one whose name is not known is taken by its place if it has to
+    be given, and left alone if it has a default. If it takes N, as `minibatch_tokens`, `num_items_in_batch` or
+    `total_tokens`, that is given and varied.
 
     Nothing is called but the step. What it prints goes nowhere, what it raises is reported, SystemExit too, and global
     state that it changes is set back: `global_state.py` says what is covered. Code that never returns, or that ends the
@@ -76,24 +80,29 @@ class _Audit:
         case = self.cases.first
         first = self.probe.fit(case)
         if first.error:
-            self._note([("raises", f"However it was called. With {case}: {first.error}")])
-            return self._report(None, "not measured")
+            why = unknown(self.probe.step)
+            self._note([("raises", f"However it was called. With {case}: {first.error}{why and f'.{why}'}")])
+            return self._report(None, NOT_MEASURED)
+        if self.probe.refused:
+            self._note([("raises", self.probe.refused)])
         self._note(findings.returned_and_changed([first]))
         if findings.arrived(first) is None:
             self._note(findings.no_gradient(first))
             return self._report(None, "no gradient")
         self._note(findings.not_finite(case, first))
         if "not-finite" in self.found:
-            return self._report(None, "not measured")
+            return self._report(None, NOT_MEASURED)
         return self._report(*self._measure(case, first))
 
     def _measure(self, case: Case, first: Outcome) -> tuple[str | None, str]:
         """Rule and formula; what else there is to find is noted on the way."""
         form, gradient = self.probe.form, findings.arrived(first)
         repeated = self._calls([case])
-        varied = [(case, first), *self._calls(self.cases.varied(bool(form.constant), bool(form.tokens)))]
-        full, edges = self._calls([self.cases.full()]), self._calls(self.cases.edges(form.may_omit_constant))
-        other = self._calls([self.cases.with_other_log_probs()])
+        has_constant, has_tokens = form.takes("constant"), form.takes("tokens")
+        varied = [(case, first), *self._calls(self.cases.varied(has_constant, has_tokens))]
+        full = self._calls([self.cases.full()])
+        edges = self._calls(self.cases.edges(form.may_omit_constant, form.default_constant))
+        other = self._calls([self.cases.with_other_log_probs(case)])
         empty = [(case, self.probe(case)) for case in self.cases.empty()]
         repeated += self._calls([case])
         outcomes = [outcome for _, outcome in (*varied, *full, *edges)]
@@ -101,10 +110,10 @@ class _Audit:
         self._note(findings.not_deterministic([first, *(outcome for _, outcome in repeated)]))
         if "not-deterministic" in self.found:
             return None, "not the same twice"
-        self._note(findings.missing_gradient(varied))
+        self._note(findings.missing_gradient([*varied, *edges]))
         self._note(findings.tokens([*varied, *full]))
         self._note(findings.earlier_gradient(self.probe, case, first, self.cases.earlier_gradient()))
-        if "overwrites-grad" not in self.found:  # it explains why parameters get nothing
+        if not {"overwrites-grad", "scales-grad"} & {*self.found}:  # they explain why parameters get nothing
             self._note(findings.parameters(self.probe, case, gradient))
         self._note(findings.empty_masks(empty, first))
         for _, outcome in other:
@@ -112,10 +121,16 @@ class _Audit:
         if "uneven-weights" in self.found:
             return None, _UNEVEN
         coarse = findings.coarse_dtype([*varied, *full, *edges])
-        rule, formula = self._name(_points(varied), _points(edges), empty, coarse)
+        if "scales-grad" in self.found and findings.is_scaled([*varied, *edges]):
+            return None, _SCALED
+        rule, formula = self._name(_points(varied), edges, empty, coarse)
         if not formula.startswith(_COARSE):  # or the loss is rounded too
-            self._note(findings.losses([*varied, *edges]))
+            self._note(findings.losses([*varied, *edges], self._with_other_log_probs))
         return rule, formula
+
+    def _with_other_log_probs(self, case: Case) -> Call:
+        other = self.cases.with_other_log_probs(case)
+        return other, self.probe(other)
 
     def _calls(self, cases: Iterable[Case]) -> list[tuple[Case, Outcome]]:
         """Call the step with each case, and keep the calls in which it did not raise and the gradient is finite."""
@@ -129,13 +144,13 @@ class _Audit:
         return kept
 
     def _name(
-        self, points: list[Point], edges: list[Point], empty: Sequence[Call], coarse: str | None
+        self, points: list[Point], edges: Sequence[Call], empty: Sequence[Call], coarse: str | None
     ) -> tuple[str | None, str]:
         """The rule and formula of what was measured; `coarse` is the dtype that it is rounded to, if any."""
         # The centre of all series is a sequence with the reference length, which every case has.
         points.sort(key=lambda point: point.counts["n_b"] != self.cases.reference)
         if not self._was_varied(points):
-            return None, "not measured"
+            return None, NOT_MEASURED
         found = recover(points, SYMBOLS)
         if found.predict is None and coarse:
             return None, f"{_COARSE} {coarse}"
@@ -143,14 +158,14 @@ class _Audit:
             self._note([("uneven-weights", "Sequences differ in weight, and not by a power of their token counts.")])
             return None, _UNEVEN
         self._note(findings.padding(points))
-        self._note(findings.ignored(points, bool(self.probe.form.constant)))
+        self._note(findings.ignored(points, self.probe.form.takes))
         if found.predict is None:
             return None, found.formula
-        odd = _first_off(found, edges)
-        if odd:
-            where = ", ".join(f"{symbol} = {number(odd.counts[symbol])}" for symbol in ("B", "G", "c"))
-            measured = _UNEVEN if isnan(odd.value) else number(odd.value)
-            return None, _exception(found, f"{measured} at {where}")
+        for case, outcome in edges:
+            odd = _first_off(found, _points([(case, outcome)]))
+            if odd is not None:
+                measured = _UNEVEN if isnan(odd.value) else number(odd.value)
+                return None, _exception(found, f"{measured} at {case.in_short}")
         return self._name_with_empty_sequences(found, empty)
 
     def _name_with_empty_sequences(self, found: Denominator, empty: Sequence[Call]) -> tuple[str | None, str]:
@@ -165,8 +180,8 @@ class _Audit:
 
     def _was_varied(self, points: list[Point]) -> bool:
         """Whether the step ran often enough for the effect of each count to be known."""
-        form = self.probe.form
-        given = ["n", "B", "T", "G", *(["c"] if form.constant else []), *(["N"] if form.tokens else [])]
+        takes = self.probe.form.takes
+        given = ["n", "B", "T", "G", *(["c"] if takes("constant") else []), *(["N"] if takes("tokens") else [])]
         return bool(points) and all(len(series(points, symbol)) >= _FEWEST for symbol in given)
 
     def _note(self, new: Iterable[findings.Finding]) -> None:
