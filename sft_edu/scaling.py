@@ -13,6 +13,7 @@ constant c. The symbols are those of the lessons:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -49,8 +50,8 @@ class Rule:
     @property
     def formula(self) -> str:
         """D in symbols, such as `c·G²`."""
-        counts = f"{self.first}²" if self.first == self.second else f"{self.first}·{self.second}"
-        return (("c·" if self.uses_constant else "") + counts).replace("1·", "").replace("·1", "")
+        powers = Counter(["c"] * self.uses_constant + [self.first, self.second])
+        return "·".join(symbol + "²" * (power == 2) for symbol, power in powers.items() if symbol != "1") or "1"
 
     @property
     def needs_minibatch_tokens(self) -> bool:

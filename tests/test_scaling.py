@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sft_edu import RULES, sft_microbatch_train_step
+from sft_edu.scaling import Rule
 
 LENGTHS = [1, 12, 2, 20, 3, 7, 16, 40]  # response tokens of eight sequences, neighbours at least 2:1 apart
 PROMPT = 2
@@ -82,6 +83,12 @@ def test_every_rule_is_described_in_the_order_of_the_lessons():
     }
     assert all(rule.name == name and rule.used_by and rule.accumulates_to for name, rule in RULES.items())
     assert [name for name, rule in RULES.items() if rule.needs_minibatch_tokens] == ["token_mean"]
+
+
+def test_a_formula_has_each_symbol_once():
+    formulas = {"111": "1", "11c": "c", "GN1": "G·N", "GGc": "c·G²", "Gn1": "n·G"}
+    for (first, second, constant), formula in formulas.items():
+        assert Rule("mine", first, second, constant == "c", "nobody", "nothing").formula == formula
 
 
 def test_the_rules_are_read_only():

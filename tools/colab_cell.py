@@ -42,7 +42,8 @@ def add(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    everything = sorted(Path(__file__).parents[1].glob("notebooks/**/[!.]*.ipynb"))
+    for name in sys.argv[1:] or everything:
         path = Path(name)
         notebook = add(nbformat.read(path, as_version=4))
         nbformat.validate(notebook)

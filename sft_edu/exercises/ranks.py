@@ -139,8 +139,8 @@ def _problem(weights: Sequence[torch.Tensor]) -> tuple[str, str] | None:
     factors: list[tuple[str, str, Sequence[float]]] = [
         (
             "world-size-missing",
-            "The gradient is W times too small: the engine divides by W when it averages, and nothing in the loss makes "
-            "up for it.",
+            "The gradient is W times too small: the engine divides by W when it averages, and nothing in the loss "
+            "makes up for it.",
             [1 / total] * world,
         ),
         (

@@ -22,11 +22,11 @@ LABS = {
     "optimizer": "OptimizerLab()",
     "ranks": "RanksLab()",
 }
-SETUP = "from sft_edu.widgets import AccumulationLab, MaskLab, OptimizerLab, RanksLab, ScalingLab, StepLab"
+SETUP = "from sft_edu.widgets import *"
 # The small text beside a bar, from the cells of its line in the table.
 BESIDE_BAR = {
     "scaling": lambda formula, length, cosine, *_: f"D = {formula}, cosine {cosine} {length}",
-    "optimizer": lambda length, cosine, *_: "predicted {1}, cosine {2} {0}".format(
+    "optimizer": lambda length, cosine, *_: "cosine {2}; length predicted {1} {0}".format(
         *re.fullmatch(r"(\S+) \((\S+)\)", length).groups(), cosine.split()[0]
     ),
 }

@@ -83,6 +83,12 @@ def test_there_is_something_to_compare(path: Path):
     assert sum(len(texts(cell)) for cell in cells) >= least
 
 
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_a_solution_begins_with_a_right_answer_and_shows_a_wrong_one(path: Path):
+    verdicts = [text for cell in code_cells(path) for text in texts(cell) if text.startswith(("Correct.", "Not yet."))]
+    assert [text.partition(".")[0] for text in (verdicts[0], verdicts[-1])] == ["Correct", "Not yet"], verdicts
+
+
 @every_notebook
 def test_nbval_looks_at_nearly_everything(path: Path):
     cells = code_cells(path)
