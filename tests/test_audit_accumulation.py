@@ -136,6 +136,20 @@ def clips(max_norm, between):
     return run
 
 
+def skips_short_microbatches(model, microbatches):
+    used = [one for one in microbatches if one["response_mask"].sum() >= 4]
+    total = tokens_of(microbatches)
+    for one in used:
+        (-(log_probs_of(model, one) * one["response_mask"]).sum() / total).backward()
+
+
+def zeroes_every_fourth(model, microbatches):
+    for place, one in enumerate(microbatches):
+        (-(log_probs_of(model, one) * one["response_mask"]).sum() / tokens_of(microbatches)).backward()
+        if place % 4 == 3:
+            model.zero_grad()
+
+
 def clips_values(model, microbatches):
     with_rule("token_mean")(model, microbatches)
     nn.utils.clip_grad_value_(model.parameters(), 1e-3)
@@ -234,6 +248,34 @@ LOOPS = {
     "clips inside": (
         clips(1e-3, True),
         *(None, None, "not measured: the gradient is clipped", ("clipped", "depends-on-split")),
+    ),
+    "clips at the end, one set alone": (
+        clips(3.5, False),
+        *(None, None, "not measured: the gradient is clipped", ("clipped",)),
+    ),
+    "clips inside, one set alone": (
+        clips(3.5, True),
+        *(None, None, "not measured: the gradient is clipped", ("clipped",)),
+    ),
+    "clips at the end, half of them": (
+        clips(1.8, False),
+        *(None, None, "not measured: the gradient is clipped", ("clipped",)),
+    ),
+    "skips short microbatches": (
+        skips_short_microbatches,
+        *(None, "token_mean", "N", ("sequences-missing", "depends-on-split")),
+    ),
+    "zeroes every fourth": (
+        zeroes_every_fourth,
+        *(None, "token_mean", "N", ("sequences-missing", "depends-on-split")),
+    ),
+    "in half precision": (
+        loop(lambda x, m, g, n, s: -(x.bfloat16() * m).sum() / n),
+        *(None, None, "not measured: within 1% of token_mean, as after rounding to 16 bits", ()),
+    ),
+    "another rule for one set": (
+        loop(lambda x, m, g, n, s: -(x * m).sum() / (n if n != 9 else 11)),
+        *(None, None, "N, but not with the split [2] of sequences 1 and 2 (not a product)", ()),
     ),
     "clips values": (clips_values, None, None, "not measured: the gradient is clipped", ("clipped",)),
     "decays weights": (decays_weights, None, None, "no sum over tokens", ("foreign-gradient",)),
@@ -364,9 +406,13 @@ def test_a_mean_over_sequences_that_have_tokens_is_told_from_one_over_all():
         ("half of it", "it is token_mean times a constant factor"),
         ("one token more", "D is no fixed multiple of a count"),
         ("tokens and sequences", "D is no fixed multiple of a count"),
-        ("clips at the end", "once, after the last microbatch: the direction is that of token_mean"),
-        ("clips at the end", "It is clipped by norm: for "),
-        ("clips inside", "The direction is that of no known rule"),
+        ("clips at the end", "the gradient has the direction of token_mean and the length 0.001"),
+        ("clips at the end", "That happens once, after the last microbatch."),
+        ("clips at the end, half of them", "That happens once, after the last microbatch."),
+        ("clips at the end, one set alone", "It is clipped by norm: in 2 of "),
+        ("clips inside", "Runs of several microbatches have another direction, as when every microbatch is clipped."),
+        ("clips inside, one set alone", "Whether once or after every microbatch, these runs do not show."),
+        ("in half precision", "audit it again in float32 or float64"),
         ("clips values", "It is clipped by value: for "),
         ("decays weights", "no weights of its tokens add up to the gradient"),
         ("probability", "the tokens of one sequence have different weights"),
@@ -596,3 +642,28 @@ def test_a_loop_that_skips_the_last_microbatch_is_not_said_to_train_nothing():
     audit = audit_accumulation(skips, minibatch=ragged_minibatch(3, imbalance=1.0))
     assert audit.problems == ("sequences-missing",)
     assert audit.details["sequences-missing"] == ("With the split [3] nothing is trained, with [1, 1, 1] something is.")
+
+
+class WithExtraState(TinyLM):
+    """Its state dict holds something that is no tensor, and lacks a buffer."""
+
+    def __init__(self):
+        super().__init__(d_model=8, num_layers=1, num_heads=2)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def get_extra_state(self):
+        return {"epoch": 1}
+
+    def set_extra_state(self, state):
+        raise NotImplementedError
+
+
+def test_a_state_dict_may_hold_anything_and_a_buffer_that_is_not_in_it_is_kept_too():
+    outside = WithExtraState()
+
+    def run(model, microbatches):
+        outside.seen.add_(1)
+        with_rule("token_mean")(model, microbatches)
+
+    assert audit_accumulation(run, outside, minibatch_of(3, 1, 2)).ok
+    assert outside.seen == 0

@@ -95,6 +95,7 @@ class _LoopAudit:
         self.probe, self.given, self.name = LoopProbe(run_minibatch, model, minibatch), model, name_of(run_minibatch)
         self.total = len(self.probe.lengths)
         self.found: dict[str, str] = {}
+        self.trained = False
 
     def run(self) -> AccumulationAudit:
         whole = self._run(range(self.total), [self.total])
@@ -117,7 +118,8 @@ class _LoopAudit:
             found = Denominator(f"{NOT_DETERMINED}: {' and '.join(name for name, _ in named)} agree with all of them")
         else:
             found = Denominator(product_text(named[0][1]), named[0][1], 1.0) if named else self._unnamed(runs)
-        self._look_at_partial_windows()
+        if "clipped" not in self.found:  # or the clipping is what a partial window shows
+            self._look_at_partial_windows()
         formula = self._look_at_empty_masks(named[0][1] if found.powers and named else None) or found.formula
         return self._report(formula, found, self._errors(runs), self._counterexample(runs), bool(named))
 
@@ -134,6 +136,7 @@ class _LoopAudit:
     ) -> Run:
         """One run of the loop; what it does besides leaving a gradient is noted."""
         run = self.probe(rows, sizes, cleared, columns)
+        self.trained |= run.gradient is not None
         self._note(loop_findings.during(run, self.given, bool(cleared)))
         is_bad = run.gradient is not None and not cleared and not run.gradient.isfinite().all()
         return replace(run, gradient=None) if is_bad else run
@@ -166,6 +169,8 @@ class _LoopAudit:
         points = [point for run, weights in reversed(measured) for point in points_of(run, weights)]
         points.sort(key=lambda point: (point.counts["M"] < self.total, point.counts["B"] > 1))
         found = recover(points, SYMBOLS)
+        if found.predict is None:
+            return Denominator(loop_findings.nearest(self.probe, runs) or found.formula)
         self._note(loop_findings.padding(found, self.probe.columns))
         if found.factor == self.probe.columns:  # always the same T, so that it looks like any number
             return replace(found, formula=f"{found.formula}, with T = {self.probe.columns} in every run")
@@ -192,7 +197,7 @@ class _LoopAudit:
             reference = in_one.get(run.rows)
             if reference is not None and not _same(run, reference):
                 lengths = tuple(self.probe.lengths[row] for row in run.rows)
-                found = Counterexample(lengths, run.sizes, _error(run, reference))
+                found = Counterexample(lengths, run.sizes, compare(run.gradient, reference.gradient).relative_error)
                 self._note([("depends-on-split", f"Smallest counterexample: {found}")])
                 return found
         return None
@@ -235,6 +240,8 @@ class _LoopAudit:
         counterexample: Counterexample | None = None,
         explained: bool = False,
     ) -> AccumulationAudit:
+        if self.trained and "no-backward" in self.found:  # not always
+            self._note([("sequences-missing", self.found.pop("no-backward"))])
         problems = tuple(code for code in LOOP_PROBLEMS if code in self.found)
         names = [name for name, powers in NAMED if found and (found.powers, found.factor) == (powers, 1)]
         objective = names[0] if explained and names and found.powers == OBJECTIVES.get(names[0]) else None
@@ -255,9 +262,7 @@ class _LoopAudit:
         )
 
 
-def _error(run: Run, reference: Run) -> float:
-    return compare(run.gradient, reference.gradient).relative_error
-
-
 def _same(run: Run, reference: Run) -> bool:
-    return run.gradient is not None and reference.gradient is not None and _error(run, reference) <= TOLERANCE
+    if run.gradient is None or reference.gradient is None:
+        return False
+    return compare(run.gradient, reference.gradient).relative_error <= TOLERANCE

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from sft_edu.audit.denominator import NOT_DETERMINED, TOLERANCE
-from sft_edu.audit.report import CONSEQUENCES, KNOWN, counted, table_html
+from sft_edu.audit.report import CONSEQUENCES, KNOWN, NOT_MEASURED, UNKNOWN, counted, table_html
 
 OBJECTIVES: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
@@ -35,7 +35,7 @@ LOOP_PROBLEMS: Mapping[str, str] = MappingProxyType(
         "prompt-tokens-trained": "Tokens outside the mask are trained: as far as they weigh, the model learns to write "
         "prompts or padding.",
         "not-finite": "Infinite or NaN gradients turn the parameters into NaN at the next step of the optimizer.",
-        "uneven-weights": "Tokens of one sequence do not count alike, so no denominator describes this loop.",
+        "uneven-weights": "Response tokens do not count alike, so no denominator describes this loop.",
         "foreign-gradient": "Something else is in the gradient than log-probs of these tokens, such as weight decay, "
         "noise or an entropy, so no denominator describes this loop.",
         "clipped": "The length of a clipped gradient says nothing about D. Clip once, before the optimizer step, and "
@@ -159,6 +159,8 @@ def loop_consequence(
     if objective is not None:
         left_out = " Sequences without response tokens are not counted." if "_r" in formula else ""
         return _OBJECTIVE_CONSEQUENCES[objective] + left_out
+    if formula.startswith(NOT_MEASURED):
+        return UNKNOWN
     same = "No known objective, but the split makes no difference"
     if multiple_of is not None:
         return f"{same}: it is {multiple_of} times a constant factor, which is left to the learning rate."

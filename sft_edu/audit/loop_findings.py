@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from sft_edu.accumulate import compare
 from sft_edu.audit.accumulation_report import NAMED, OBJECTIVES
-from sft_edu.audit.denominator import TOLERANCE, Denominator, number
+from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Denominator, number, product_text
 from sft_edu.audit.findings import Finding
 from sft_edu.audit.loop_probe import LoopProbe, Powers, Run
 from sft_edu.audit.loop_weights import Weights, is_sum_over_tokens
+from sft_edu.audit.report import NOT_MEASURED
 
 Measured = tuple[Run, Weights | None]
 
@@ -19,6 +22,8 @@ _SAME_LENGTH = 1e-4  # clip_grad_norm_ adds 1e-6 to the length it divides by
 _SAME_DIRECTION = 1 - 1e-9
 _LEFT_OUT = ("sequences", "microbatches")  # what `Run.counts` may leave out
 _FEWEST = 3  # runs of one length: not by chance
+_EACH = "Runs of several microbatches have another direction, as when every microbatch is clipped."
+_ROUNDED = (2e-4, 1e-2)  # float16 has 11 bits, bfloat16 8; a few roundings add up
 
 
 def distance(probe: LoopProbe, run: Run, powers: Powers, trained: str = "") -> float:
@@ -49,27 +54,73 @@ def during(run: Run, given: nn.Module, cleared: bool) -> Iterator[Finding]:
 
 
 def clipping(probe: LoopProbe, runs: Sequence[Run]) -> Iterator[Finding]:
-    """Whether gradients of different sequences, in one microbatch each, end at one length or at one largest value."""
+    """Whether gradients end at one length, or at one largest value.
+
+    Clipped by norm, a gradient keeps the direction of some denominator: where it is clipped once, at the end, in every
+    run; where every microbatch is clipped, in those of one microbatch.
+    """
     alone = [run for run in runs if len(run.sizes) == 1]
-    lengths = [run.gradient.norm().item() for run in alone]
-    peaks = [run.gradient.abs().max().item() for run in alone]
-    for values, what, unit in ((lengths, "norm", "length"), (peaks, "value", "largest value")):
-        capped = [value for value in values if value >= max(values) * (1 - _SAME_LENGTH)]
-        if len(capped) >= _FEWEST:
-            direction = _common_direction(probe, runs) if what == "norm" else ""
+    for group, (name, powers) in itertools.product((runs, alone), NAMED):
+        capped = _capped(probe, group, powers)
+        if capped:
             yield (
                 "clipped",
-                f"It is clipped by {what}: for {len(capped)} of {len(alone)} sets of sequences, in one microbatch "
-                f"each, the gradient has the {unit} {max(values):.4g}.{direction}",
+                f"It is clipped by norm: in {len(capped)} of {len(group)} runs, the first {_where(capped[0]).lower()}, the "
+                f"gradient has the direction of {name} and the length {_length(capped[0]):.4g}, which none exceeds. "
+                f"{_when(probe, runs, powers, capped) if group is runs else _EACH}",
+            )
+            return
+    for size, unit in ((_length, "norm"), (_peak, "value")):
+        values = [size(run) for run in alone]
+        same = [value for value in values if value >= max(values) * (1 - _SAME_LENGTH)]
+        if len(same) >= _FEWEST:
+            what = "length" if unit == "norm" else "largest value"
+            yield (
+                "clipped",
+                f"It is clipped by {unit}: for {len(same)} of {len(alone)} sets of sequences, in one microbatch each, "
+                f"the gradient has the {what} {max(values):.4g}.",
             )
 
 
-def _common_direction(probe: LoopProbe, runs: Sequence[Run]) -> str:
-    """Clipped once, at the end, a gradient keeps the direction of some denominator."""
+def _capped(probe: LoopProbe, runs: Sequence[Run], powers: Powers) -> list[Run]:
+    """The runs that are shorter than this D makes them, if all have one length, and the others are as D makes them."""
+    off = [run for run in runs if distance(probe, run, powers) > TOLERANCE]
+    longest = max(map(_length, runs))
+    for run in off:
+        found = compare(run.gradient, probe.predict(run, powers))
+        if found.cosine < _SAME_DIRECTION or found.ratio >= 1 or _length(run) < longest * (1 - _SAME_LENGTH):
+            return []
+    return off
+
+
+def _when(probe: LoopProbe, runs: Sequence[Run], powers: Powers, capped: Sequence[Run]) -> str:
+    """Clipping inside would have turned a run whose first microbatches alone exceed the length."""
+    for run in runs:
+        for rows in list(itertools.accumulate(run.sizes))[:-1]:
+            if probe.predict(run, powers, rows=rows).norm().item() > _length(capped[0]) * (1 + _SAME_LENGTH):
+                return "That happens once, after the last microbatch."
+    return "Whether once or after every microbatch, these runs do not show."
+
+
+def _length(run: Run) -> float:
+    return run.gradient.norm().item()
+
+
+def _peak(run: Run) -> float:
+    return run.gradient.abs().max().item()
+
+
+def nearest(probe: LoopProbe, runs: Sequence[Run]) -> str:
+    """What to say for a formula where a known rule is nearly right: after rounding, or with few exceptions. Else ""."""
     for name, powers in NAMED:
-        if all(compare(run.gradient, probe.predict(run, powers)).cosine >= _SAME_DIRECTION for run in runs):
-            return f" That happens once, after the last microbatch: the direction is that of {name}."
-    return " The direction is that of no known rule, as when every microbatch is clipped."
+        off = [run for run in runs if distance(probe, run, powers) > TOLERANCE]
+        if _ROUNDED[0] < max(distance(probe, run, powers) for run in runs) < _ROUNDED[1]:
+            return f"{NOT_MEASURED}: within 1% of {name}, as after rounding to 16 bits"
+        if 0 < len(off) <= len(runs) / 4:
+            rows = " and ".join(filter(None, (", ".join(map(str, off[0].rows[:-1])), str(off[0].rows[-1]))))
+            text = f"{product_text(powers)}, but not {_where(off[0]).lower()} of sequences {rows}"
+            return f"{text} {NOT_A_PRODUCT}"
+    return ""
 
 
 def trained_tokens(probe: LoopProbe, measured: Sequence[Measured], found: Mapping[str, str]) -> Iterator[Finding]:
@@ -143,7 +194,9 @@ def empty_masks(probe: LoopProbe, run: Run, powers: Powers | None, where: str) -
     if run.gradient is not None and not run.gradient.isfinite().all():
         yield "nan-on-empty-mask", f"{where} the gradient is not finite."
     elif powers is not None and not run.error:
-        error = min(_error(probe, run, powers, trained) for trained in ("", *_LEFT_OUT))
+        ways = ("", *_LEFT_OUT)
+        left = replace(run, gradient=probe.predict(run, powers) * 0) if run.gradient is None else run
+        error = min(distance(probe, left, powers, trained) for trained in ways)
         if error > TOLERANCE:
             yield "wrong-on-empty-mask", f"{where} the gradient is {error:.2%} off."
 
@@ -154,8 +207,3 @@ def leaves_out_empty(probe: LoopProbe, runs: Sequence[Run], powers: Powers | Non
         return False
     fits = {way: all(distance(probe, run, powers, way) <= TOLERANCE for run in runs) for way in ("", *_LEFT_OUT)}
     return not fits[""] and any(fits.values())
-
-
-def _error(probe: LoopProbe, run: Run, powers: Powers, trained: str) -> float:
-    expected = probe.predict(run, powers, trained)
-    return compare(expected * 0 if run.gradient is None else run.gradient, expected).relative_error

@@ -140,11 +140,14 @@ class LoopProbe:
         one, other = self.sums()[list(rows)], self.sums(columns)[list(rows)]
         return columns if (one - other).norm() <= TOLERANCE * one.norm() else None
 
-    def predict(self, run: Run, powers: Powers, trained: str = "") -> torch.Tensor:
-        """The gradient that the run should have left, were D the product of these powers of `run.counts(trained)`."""
-        weights = [_weight(counts, powers) for counts in run.counts(trained)]
+    def predict(self, run: Run, powers: Powers, trained: str = "", rows: int | None = None) -> torch.Tensor:
+        """The gradient that the run should have left, were D the product of these powers of `run.counts(trained)`.
+
+        With `rows`, what was to be there after so many of its sequences.
+        """
+        weights = [_weight(counts, powers) for counts in run.counts(trained)][:rows]
         sums = self.sums(run.columns)
-        return torch.tensor(weights, dtype=torch.float64, device=sums.device) @ sums[list(run.rows)]
+        return torch.tensor(weights, dtype=torch.float64, device=sums.device) @ sums[list(run.rows[:rows])]
 
     def _sums_over(self, which: str, columns: int) -> torch.Tensor:
         if (which, columns) not in self._known:
@@ -187,20 +190,24 @@ def model_kept(model: nn.Module) -> Iterator[None]:
 
     A loop may use it by its global name in place of the copy that it is given.
     """
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
         yield
     finally:
-        now = model.state_dict()
         with torch.no_grad():
-            for name, tensor in state.items():
-                if not _same_bits(now[name], tensor):
-                    now[name].copy_(tensor)
+            for name, tensor in _tensors(model):
+                if name in state and not _same_bits(tensor, state[name]):
+                    tensor.copy_(state[name])
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers. A `state_dict` may hold anything, and need not hold every buffer."""
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -50,6 +50,8 @@ sum, as clipping does, is `scales-grad`.
 NOT_MEASURED = "not measured"
 """What a formula begins with where there is none, because D could not be measured."""
 
+UNKNOWN = "Its denominator is not known: audit it again in float32 or float64."
+
 CONSEQUENCES = {
     "notes": "Over G microbatches it accumulates 1/G of the mean of the microbatch sums: SGD needs G times the "
     "learning rate, and AdamW hides it.",
@@ -189,7 +191,7 @@ def consequence_of(rule: str | None, problems: tuple[str, ...], formula: str) ->
     if rule is not None:
         return CONSEQUENCES[rule]
     if formula.startswith(NOT_MEASURED):
-        return "Its denominator is not known: audit it again in float32 or float64."
+        return UNKNOWN
     if TRAINED_ROWS in formula:
         return (
             f"{TRAINED_ROWS} are the sequences with response tokens: one without any is left out of the mean, so the "
