@@ -63,11 +63,12 @@ def clipping(probe: LoopProbe, runs: Sequence[Run]) -> Iterator[Finding]:
     for group, (name, powers) in itertools.product((runs, alone), NAMED):
         capped = _capped(probe, group, powers)
         if capped:
+            when = _when(probe, runs, powers, capped) if group is runs else _EACH
             yield (
                 "clipped",
-                f"It is clipped by norm: in {len(capped)} of {len(group)} runs, the first {_where(capped[0]).lower()}, the "
-                f"gradient has the direction of {name} and the length {_length(capped[0]):.4g}, which none exceeds. "
-                f"{_when(probe, runs, powers, capped) if group is runs else _EACH}",
+                f"It is clipped by norm: in {len(capped)} of {len(group)} runs, the first {_where(capped[0]).lower()}, "
+                f"the gradient has the direction of {name} and the length {_length(capped[0]):.4g}, which none "
+                f"exceeds. {when}",
             )
             return
     for size, unit in ((_length, "norm"), (_peak, "value")):
