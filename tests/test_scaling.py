@@ -86,7 +86,7 @@ def test_every_rule_is_described_in_the_order_of_the_lessons():
 
 
 def test_a_formula_has_each_symbol_once():
-    formulas = {"111": "1", "11c": "c", "GN1": "G·N", "GGc": "c·G²", "Gn1": "n·G"}
+    formulas = {"111": "1", "11c": "c", "NG1": "N·G", "GGc": "c·G²", "nG1": "n·G"}
     for (first, second, constant), formula in formulas.items():
         assert Rule("mine", first, second, constant == "c", "nobody", "nothing").formula == formula
 
