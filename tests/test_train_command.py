@@ -403,7 +403,10 @@ def test_infinity_is_remembered(folder: Path, capsys):
 
 def test_other_threads_are_told(whole: Path, capsys):
     _, _, err = train(capsys, "--resume", "--out", "whole", "--threads", 2)
-    assert err == "Not bit for bit as if it had never stopped: the number of threads was 1 and is 2.\n"
+    assert err == (
+        "Goes on at step 10, microbatch 0.\n"
+        "Not bit for bit as if it had never stopped: the number of threads was 1 and is 2.\n"
+    )
     assert torch.get_num_threads() == 1
 
 

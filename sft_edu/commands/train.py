@@ -135,6 +135,8 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
             run = RunFolder(folder, prepared.training, resume=options.resume)
         for warning in caught:
             _say(str(warning.message), 0)
+        if options.resume and prepared.training.ranks.rank == 0:
+            _say(f"Goes on at step {prepared.training.step}, microbatch {prepared.training.microbatch}.", 0)
         return _train_to_the_end(prepared, run)
     except Timeout as error:
         raise _Refused(f"{folder}: another process trains in it; wait for it, or take another folder: --out") from error
