@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sft_edu import exercises, get_response_log_probs, masked_normalize, sft_microbatch_train_step
+from sft_edu import broken_steps, exercises, get_response_log_probs, masked_normalize, sft_microbatch_train_step
 from sft_edu.training.patterns import train_basic, train_with_logging
 
 
@@ -61,6 +61,9 @@ def averaged(tensor, dim):
     return tensor.mean() if dim is None else tensor.mean(dim)
 
 
+BY_C = ("constant-changed", "need not be an integer")
+
+
 def changes_its_input(tensor, mask, dim, c):
     mask.fill_(1) if not mask.any() else None
     return summed(tensor.masked_fill(mask == 0, 0), dim) / c
@@ -86,6 +89,8 @@ several(
     ("mean_of_all", lambda x, m, dim, c: averaged(x * m, dim) / c, "mean", "mean over all positions"),
     ("mean_without_c", lambda x, m, dim, c: averaged(x * m, dim), "mean", "no effect"),
     ("by_count", lambda x, m, dim, c: summed(x * m, dim) / summed(m, dim) / c, "mask-count", "number of selected"),
+    ("by_an_integer", lambda x, m, dim, c: summed(x.masked_fill(m == 0, 0), dim) / int(c), *BY_C),
+    ("by_one_at_least", lambda x, m, dim, c: summed(x.masked_fill(m == 0, 0), dim) / max(c, 1), *BY_C),
     ("by_count_alone", lambda x, m, dim, c: summed(x * m, dim) / summed(m, dim), "mask-count", "Only the constant"),
     ("no_c", lambda x, m, dim, c: summed(x * m, dim), "constant-ignored", "no effect"),
     ("times_c", lambda x, m, dim, c: summed(x * m, dim) * c, "constant-multiplied", "multiplies"),
@@ -281,6 +286,19 @@ def scores_the_inputs(model, input_ids, labels):
 def calls_the_model_twice(model, input_ids, labels):
     model(input_ids)
     return get_response_log_probs(model, input_ids, labels)
+
+
+@wrong("check_get_response_log_probs", "changes-parameters", "changed the model")
+def clears_the_model(model, input_ids, labels):
+    result = get_response_log_probs(model, input_ids, labels)
+    model.table.data.zero_()
+    return result
+
+
+@right("check_get_response_log_probs")
+def asks_for_the_device(model, input_ids, labels):
+    logits = model(input_ids.to(model.device), attention_mask=torch.ones_like(input_ids)).logits
+    return {"log_probs": logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]}
 
 
 @wrong("check_get_response_log_probs", "mutates-input", "changed its arguments")
@@ -542,6 +560,24 @@ def brings_its_own_optimizer(model, minibatches, optimizer):
     train_basic(model, minibatches, torch.optim.AdamW(model.parameters(), lr=0.1))
 
 
+@wrong("check_training_loop", "several-epochs", "The epoch runs 2 times")
+def trains_two_epochs(model, minibatches, optimizer):
+    for _ in range(2):
+        train_basic(model, minibatches, optimizer)
+
+
+@wrong("check_training_loop", "another-order", "not in the order")
+def trains_backwards(model, minibatches, optimizer):
+    train_basic(model, minibatches[::-1], optimizer)
+
+
+@wrong("check_training_loop", "learning-rate-changed", "Leave the optimizer as it is")
+def halves_the_learning_rate(model, minibatches, optimizer):
+    for window in minibatches:
+        train_basic(model, [window], optimizer)
+        optimizer.param_groups[0]["lr"] /= 2
+
+
 @wrong("check_training_loop", "one-step", "one step for all")
 def steps_once(model, minibatches, optimizer):
     for window in minibatches:
@@ -687,7 +723,7 @@ several(
     ("product", lambda x, m, N, W: -W * rank_sum(x, m) / N),
     ("one_element", lambda x, m, N, W: (-W * rank_sum(x, m) / N).unsqueeze(0)),
     ("where", lambda x, m, N, W: -torch.where(m == 1, x, 0).sum() * W / N),
-    ("no_world_size", lambda x, m, N, W: -rank_sum(x, m) / N, "world-size-missing", "Multiply the loss by"),
+    ("no_world_size", lambda x, m, N, W: -rank_sum(x, m) / N, "world-size-missing", "makes up for it"),
     ("over_world_size", lambda x, m, N, W: -rank_sum(x, m) / (N * W), "divided-by-world-size", "divides by W already"),
     ("world_size_twice", lambda x, m, N, W: -rank_sum(x, m) * W**2 / N, "world-size-twice", "once too often"),
     ("local", lambda x, m, N, W: -rank_sum(x, m) / m.sum(), "local-count", "mean of means"),
@@ -707,4 +743,42 @@ several(
     ("zero", lambda x, m, N, W: (x * 0).sum(), "no-gradient", "No gradient reaches"),
     ("infinite", lambda x, m, N, W: -rank_sum(x, m) / (N - N), "not-finite", "division by 0"),
     ("first_token", lambda x, m, N, W: -x[m == 1][:1].sum() * W * m.sum() / N, "uneven-weights", "weigh differently"),
+)
+
+
+# --- the step to mend ---
+
+
+def mended(loss_of):
+    """A step with that loss, called with x, m, G and N."""
+
+    def run(log_probs, mask, steps, minibatch_tokens):
+        loss = loss_of(log_probs, mask, steps, minibatch_tokens)
+        loss.backward()
+        return loss.detach(), {}
+
+    return run
+
+
+def keeps_the_graph(log_probs, mask, steps, minibatch_tokens):
+    loss = -(log_probs * mask).sum() / minibatch_tokens
+    loss.backward()
+    return loss, {}
+
+
+def forgets_backward(log_probs, mask, steps, minibatch_tokens):
+    return -(log_probs * mask).sum().detach() / minibatch_tokens, {}
+
+
+several(
+    "check_mended_step",
+    ("divides by N", mended(lambda x, m, g, n: -(x * m).sum() / n)),
+    ("selects before it sums", mended(lambda x, m, g, n: -x[m.bool()].sum() / n)),
+    ("as it was given", broken_steps.to_mend, "wrong-sign", "It also says"),
+    ("only negated", mended(lambda x, m, g, n: -(x * m).sum() / m.sum() / g), "nan-on-empty-mask", "The audit says"),
+    ("own tokens, clamped", mended(lambda x, m, g, n: -(x * m).sum() / m.sum().clamp(min=1) / g), "wrong-rule", "n·G"),
+    ("by N and G", mended(lambda x, m, g, n: -(x * m).sum() / n / g), "wrong-rule", "D = N·G"),
+    ("keeps the graph", keeps_the_graph, "loss-attached", "grad"),
+    ("forgets backward", forgets_backward, "no-backward", ".grad"),
+    ("trains prompts", mended(lambda x, m, g, n: -x.sum() / n), "mask-ignored", "prompt"),
 )
