@@ -27,6 +27,7 @@ import sft_edu.commands.report_page
 from sft_edu.cli import main
 from sft_edu.commands import train as train_command
 from sft_edu.commands.prepare_run import PRETRAINED_DEFAULTS, prepare_run
+from sft_edu.commands.run_results import MODEL, REPORT
 from sft_edu.commands.run_settings import SETTINGS, RunSettings
 from sft_edu.data.jsonl import load_jsonl
 from sft_edu.model import TinyLM
@@ -34,7 +35,7 @@ from sft_edu.tokens import ByteTokenizer
 from sft_edu.training.checkpoint import load_checkpoint
 from sft_edu.training.evaluate import Evaluation
 from sft_edu.training.pretrained import load_model
-from sft_edu.training.run import CHECKPOINTS, METRICS, as_json, read_metrics
+from sft_edu.training.run import CHECKPOINTS, METRICS, RunFolder, as_json, read_metrics
 from sft_edu.training.tiny_run import load_tiny_model, tiny_examples
 from sft_edu.training.train import Training
 from sft_edu.training.train_config import TrainConfig
@@ -101,7 +102,7 @@ def test_the_whole_command(folder: Path):
     process = command("--data", "mine.jsonl", *SHORT, "--out", "my run")
     out, err = process.communicate(timeout=100)
     assert (process.returncode, err) == (0, "")
-    assert {path.name for path in (folder / "my run").iterdir()} - {".lock"} == FILES
+    assert {path.name for path in (folder / "my run").iterdir() if path.name[0] != "."} == FILES
     lines = list(read_metrics(folder / "my run" / METRICS))
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert [line["step"] for line in lines if "held_out_nll" in line] == [1, 4, 8, 10]
@@ -329,6 +330,34 @@ def test_another_run_is_not_touched(whole: Path, capsys):
 def test_any_trace_of_a_run_is_enough(folder: Path, capsys, name: str):
     (folder / "run" / name).mkdir(parents=True)
     assert train(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("name", [MODEL, f"{MODEL}.pt", REPORT])
+def test_what_a_run_would_write_is_not_there_before(folder: Path, capsys, name: str):
+    (folder / "run").mkdir()
+    (folder / "run" / name).write_text("mine")
+    before = content(folder)
+    status, _, err = train(capsys)
+    assert (status, content(folder)) == (2, before)
+    assert err == f"{Path('run', name)}: is there already, and a run would write it; take another folder: --out\n"
+
+
+def test_a_model_that_another_put_there_meanwhile_stays(whole: Path, folder: Path, capsys, monkeypatch):
+    (folder / "run").mkdir()
+    real = train_command.train_into
+
+    def meanwhile(run: RunFolder, **options: object) -> bool:
+        (run.folder / f"{MODEL}.pt").write_text("mine")
+        return real(run, **options)
+
+    monkeypatch.setattr(train_command, "train_into", meanwhile)
+    for options in ((), ("--resume",)):
+        status, out, _ = train(capsys, *options)
+        assert status == 0
+        assert f"Model: {Path('run', MODEL)}_2.pt" in out
+        assert (folder / "run" / f"{MODEL}.pt").read_text() == "mine"
+        assert (folder / "run" / f"{MODEL}_2.pt").read_bytes() == (whole / f"{MODEL}.pt").read_bytes()
+    assert not (folder / "run" / f"{MODEL}_3.pt").exists()
 
 
 def test_two_processes_do_not_share_a_folder(whole: Path, capsys):

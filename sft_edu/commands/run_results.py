@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 from sft_edu.commands.prepare_run import PreparedRun
@@ -16,15 +18,26 @@ from sft_edu.training.whole_file import write_whole
 
 REPORT = "report.html"
 MODEL = "model"  # a folder, or with .pt the file of a tiny model
+_NAME = ".model"  # holds the name that the model has got
 
 
 def save_final_model(prepared: PreparedRun, folder: Path) -> Path:
-    """Write the trained model. One that is there already is that of this run: it was resumed after its end."""
+    """Write the trained model, unless this run has done so: it was resumed after its end. Nothing else is replaced."""
     model = prepared.training.model
     if isinstance(model, TinyLM):
-        return save_tiny_model(model, folder / f"{MODEL}.pt")
-    path = folder / MODEL
+        return save_tiny_model(model, _own_path(folder, ".pt"))
+    path = _own_path(folder)
     return path if path.exists() else save_model(model, prepared.tokenizer, path)
+
+
+def _own_path(folder: Path, suffix: str = "") -> Path:
+    """Where the model goes. The name is noted while it is free: what has it afterwards is of this run."""
+    note = folder / _NAME
+    if not note.exists():
+        paths = (folder / f"{MODEL}{f'_{number}' * (number > 1)}{suffix}" for number in count(1))
+        free = next(path for path in paths if not os.path.lexists(path))
+        write_whole(note, free.name.encode())
+    return folder / note.read_text(encoding="utf-8")
 
 
 def final_words(prepared: PreparedRun, run: RunFolder, model: Path | None) -> list[str]:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from sft_edu.commands.dry_run import describe_run
 from sft_edu.commands.prepare_run import TINY, PreparedRun, prepare_run
-from sft_edu.commands.run_results import final_words, save_final_model, write_report
+from sft_edu.commands.run_results import MODEL, REPORT, final_words, save_final_model, write_report
 from sft_edu.commands.run_settings import SETTINGS, RunSettings, read_settings
 from sft_edu.commands.train_options import OPTION_NAMES, add_options
 from sft_edu.ranks.torchrun import RankError, is_launched, ranks_from_environment
@@ -123,6 +123,10 @@ def _resumed(folder: Path, given: dict[str, object]) -> RunSettings:
 def _check_free(folder: Path) -> None:
     if any((folder / name).exists() for name in (SETTINGS, METRICS, CHECKPOINTS)):
         raise ValueError(f"{folder}: holds a run. Go on with it: {_resume(folder)}\nOr take another folder: --out")
+    for name in (MODEL, f"{MODEL}.pt", REPORT):
+        if os.path.lexists(folder / name):
+            where = folder / name
+            raise ValueError(f"{where}: is there already, and a run would write it; take another folder: --out")
 
 
 def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
