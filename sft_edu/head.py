@@ -51,6 +51,15 @@ def logits_at(
     return logits, bool(calls)
 
 
+def selected_logits(
+    model: Callable[[torch.Tensor], object], input_ids: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """The logits at some positions and no others, `[n, V]`; see `logits_at`."""
+    logits, only_rows = logits_at(model, input_ids, rows)
+    logits = logits.flatten(0, 1)
+    return logits if only_rows else logits[rows]
+
+
 def _logits(output: Any) -> Any:
     return getattr(output, "logits", output)
 

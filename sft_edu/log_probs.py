@@ -106,6 +106,11 @@ def _under_mask(
     }
 
 
+def log_probs_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The log-softmax of logits `[n, V]` at labels `[n]`, without a second tensor of the size of the logits."""
+    return _SelectedLogProbs.apply(logits, labels, False)[0]
+
+
 class _SelectedLogProbs(torch.autograd.Function):
     """The log-softmax at the labels, a few rows at a time.
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from test_encode import CHATML, MARKED, WORDS, hugging_face
+from test_head import MODELS, rows_at
 from test_train import encoded, tiny, weights
 from torch import nn
 
-from sft_edu.data.encode import encode
+from sft_edu.data.encode import Encoded, EncodedExamples, encode
 from sft_edu.data.examples import Conversation, Example, Message
 from sft_edu.data.tasks import make_examples
 from sft_edu.model import TinyLM
@@ -110,7 +111,39 @@ def test_nll_is_the_mean_over_response_tokens():
             if is_response[place]:
                 total, count = total - float(log_probs[place - 1, ids[place]]), count + 1
     scores = Evaluation(SUMS, BYTES, batch_size=3)(model)
-    assert math.isclose(scores.nll, total / count, rel_tol=1e-6)
+    assert math.isclose(scores.nll, total / count, rel_tol=1e-14)
+
+
+class Small(ByteTokenizer):
+    """For vocabularies of fewer than 256 tokens."""
+
+    eos_token_id, pad_token_id = 1, 2
+
+
+class AllPositions(nn.Module):
+    """A model whose head is hidden, so that it is given every position."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return getattr(output := self.model(input_ids), "logits", output)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_is_given_what_is_asked_for_and_nothing_changes(name: str):
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    sequences = [Encoded((*range(10, 12 + size), 7, 9, 1), (False,) * (2 + size) + (True,) * 3) for size in range(9)]
+    evaluation = Evaluation(EncodedExamples(tuple(sequences)), Small(), batch_size=4, num_answers=5)
+    expected = evaluation(AllPositions(model))
+    evaluation(model)  # the first finds out whether fewer positions will do
+    seen = rows_at(model.get_output_embeddings())
+    scores = evaluation(model)
+    assert seen == [12, 12, 3, 5, 5, 5]  # three tokens of each example, and the last position of each answer
+    assert math.isclose(scores.nll, expected.nll, rel_tol=1e-14)
+    assert (scores.exact_match, scores.answers) == (expected.exact_match, expected.answers)
 
 
 def test_what_is_longer_than_the_model_reads_is_cut_and_counted():

@@ -12,6 +12,8 @@ from torch import nn
 from sft_edu.data.chat import special_tokens
 from sft_edu.data.encode import Encoded, EncodedExamples, collate, encode, padding_token
 from sft_edu.data.examples import Conversation, Example
+from sft_edu.head import selected_logits
+from sft_edu.log_probs import log_probs_of
 from sft_edu.training.generate import greedy, undisturbed
 from sft_edu.training.pretrained import context_length
 
@@ -102,13 +104,12 @@ class Evaluation:
             for start in range(0, len(self.examples), self.batch_size):
                 batch = collate(self.examples[start : start + self.batch_size], pad)
                 input_ids, labels, mask = (tensor.to(device) for tensor in batch.values())
-                output = model(input_ids)
-                # Only where there is something to answer: all log-probs of a large vocabulary take much memory.
-                logits, expected = getattr(output, "logits", output)[mask].float(), labels[mask]
-                is_wrong = torch.zeros_like(mask)
+                # Only where there is something to answer: logits of a large vocabulary take much memory.
+                logits = selected_logits(model, input_ids, mask.flatten().nonzero().squeeze(-1))
+                expected, is_wrong = labels[mask], torch.zeros_like(mask)
                 is_wrong[mask] = logits.argmax(-1) != expected
                 num_right += int((~is_wrong.any(-1)).sum())
-                log_prob -= float(nn.functional.cross_entropy(logits, expected, reduction="sum"))
+                log_prob += float(log_probs_of(logits, expected).sum())
                 num_tokens += len(expected)
         return Scores(num_right / len(self.examples), -log_prob / max(num_tokens, 1), self._answers(model))
 

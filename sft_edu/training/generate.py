@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from sft_edu.head import selected_logits
+
 _TOGETHER = 128  # prompts in one forward pass
 
 
@@ -90,9 +92,9 @@ def _greedy(
     for _ in range(max_new_tokens):
         if not unfinished.any():
             break
-        output = model(tokens[:, : int(ends[unfinished].max())])
-        logits = getattr(output, "logits", output)
-        new = logits[rows[unfinished], ends[unfinished] - 1].argmax(-1)
+        length = int(ends[unfinished].max())
+        last = (rows * length + ends - 1)[unfinished]
+        new = selected_logits(model, tokens[:, :length], last).argmax(-1)
         tokens[rows[unfinished], ends[unfinished]] = new
         ends += unfinished
         unfinished[unfinished.clone()] = ~torch.isin(new, stops)
