@@ -13,6 +13,7 @@ from wrong_answers import RIGHT, WRONG
 
 from sft_edu import exercises
 from sft_edu.exercises import Verdict
+from sft_edu.training.patterns import train_basic
 
 CHECKS = [getattr(exercises, name) for name in exercises.__all__ if name.startswith("check_")]
 OF_FUNCTIONS = [check for check in CHECKS if check is not exercises.check_returned_loss]
@@ -38,6 +39,23 @@ def test_nearly_every_mistake_is_named():
     codes = Counter(answer.mistake for answer in WRONG)
     assert codes["other"] <= 0.05 * len(WRONG)
     assert len(codes) >= 40
+
+
+def test_a_number_to_which_two_mistakes_lead_is_told_both():
+    verdict = exercises.check_returned_loss(0.4, 3)
+    assert verdict.mistake == "mask-ignored"
+    assert "mask 0 is in your sum" in verdict.message
+    assert "Or: That is a mean over tokens." in verdict.message
+
+
+def test_a_small_distance_of_weights_is_not_called_0_percent():
+    def trains(model, minibatches, optimizer):
+        train_basic(model, minibatches, optimizer)
+        with torch.no_grad():
+            model.logits.mul_(1.0005)
+
+    assert " 0%" not in exercises.check_training_loop(trains).case
+    assert "%" in exercises.check_training_loop(trains).case
 
 
 @pytest.mark.parametrize("answer", RIGHT, ids=identity)

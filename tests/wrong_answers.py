@@ -201,6 +201,8 @@ several(
     ("thrice", step(lambda x, m, g, c: notes(x, m, g, c) / g), "divided-thrice", "once too often"),
     ("g_to_the_g", step(lambda x, m, g, c: -(x * m).sum() / c / g**g), "g-to-the-g", "microbatches"),
     ("g_plus_two", step(lambda x, m, g, c: -(x * m).sum() / c / (g + 2)), "g-plus-two", "G + 2"),
+    ("row_means", step(lambda x, m, g, c: -(x * m).mean(1).sum() / c), "position-mean", "divided by its positions"),
+    ("row_means_by_g", step(lambda x, m, g, c: -(x * m).mean(1).sum() / c / g), "position-mean", "by G once"),
     ("g_plus_g", step(lambda x, m, g, c: -(x * m).sum() / c / (g + g)), "twice-g", "2·G"),
     ("sequence_mean", step(lambda x, m, g, c: -(x * m).sum(1).mean() / c / g), "sequence-mean", "by B and by G"),
     ("token_mean", step(lambda x, m, g, c: -(x * m).sum() / m.sum() / g), "microbatch-token-mean", "token count"),

@@ -130,9 +130,9 @@ def _compare(run_minibatch: Callable, sizes: _Split) -> tuple[str, float | None]
     if _state_problem(run):
         return f"{sizes}.", None
     expected = full_batch_gradient(example(), run.batch)
-    if compare(run.gradient, expected).relative_error <= TOLERANCE:
-        return None
     share = compare(run.gradient, expected).relative_error
+    if share <= TOLERANCE:
+        return None
     largest = (run.gradient - expected).abs().max().item()
     return f"{sizes}: the gradient is {share:.0%} off the full batch's.", largest
 

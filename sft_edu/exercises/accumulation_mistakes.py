@@ -71,7 +71,11 @@ def _others(expected: torch.Tensor, model: TinyLM, batch: Batch) -> list[Named]:
     sign = "The gradient has the wrong sign: this loop makes the responses less likely."
     return [
         ("wrong-sign", sign, -expected),
-        ("backward-twice", "The gradient doubled: run one backward for each microbatch.", 2 * expected),
+        (
+            "backward-twice",
+            "The gradient doubled: there is a factor of 2, or a second backward for each microbatch.",
+            2 * expected,
+        ),
         ("mask-ignored", "Tokens with mask 0 are in your loss. Use the response mask.", unmasked),
         ("mask-ignored", in_sum, by_tokens),
         *(("mask-shifted", _SHIFTED, _with_mask(model, batch, mask.roll(by, 1))) for by in (1, -1)),

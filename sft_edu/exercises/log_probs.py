@@ -23,7 +23,12 @@ class Bigrams(nn.Module):
         self.table = nn.Parameter(table.clone())
         self.calls = 0
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        """An `attention_mask` changes nothing: no token looks at another."""
         self.calls += 1
         logits = self.table[input_ids]
         logits.logits = logits  # as models of transformers are read: either form is right
@@ -88,6 +93,9 @@ def check_get_response_log_probs(function: Callable[..., dict[str, torch.Tensor]
     model, batch = Bigrams(_TELLING.table), _TELLING.batch()
     given = _TELLING.batch()
     log_probs = _log_probs(call(function, model, *given))
+    with reading("the model that was given, with the parameters it had"):
+        if not model.table.equal(_TELLING.table):
+            return wrong("changes-parameters", "Your function changed the model. Only read what it returns.")
     if not all(ids.equal(copy) for ids, copy in zip(given, batch, strict=True)):
         return wrong("mutates-input", "Your function changed its arguments. Compute new tensors.")
     found = as_floats(log_probs, "a dict with the tensor log_probs, [B, T]")

@@ -35,9 +35,13 @@ def check_returned_loss(answer: float, gradient_accumulation_steps: int) -> Verd
         loss, metadata = sft_microbatch_train_step(_LOG_PROBS.clone().requires_grad_(), _MASK, steps)
     if close(answer, loss, by_hand):
         return right(f"{-metadata['masked_sum']:.1f} / {steps} / {steps} = {loss:.4f}.")
-    for code, hint, value in _mistakes(loss, steps, metadata["num_tokens"]):
-        if close(answer, value, by_hand):
-            return wrong(code, hint)
+    found = [
+        (code, hint)
+        for code, hint, value in _mistakes(loss, steps, metadata["num_tokens"])
+        if close(answer, value, by_hand)
+    ]
+    if found:  # for some G two mistakes lead to one number
+        return wrong(found[0][0], " Or: ".join(hint for _, hint in found))
     if abs(answer - loss) < 0.005:
         return wrong("rounded", "Nearly. Give three digits after the point.")
     return wrong("other", "Add the log-probs where the mask is 1, negate, divide by G, divide by G.")
@@ -53,4 +57,9 @@ def _mistakes(loss: torch.Tensor, steps: int, tokens: torch.Tensor) -> list[tupl
         ("other-steps", "That is the loss for G = 2.", loss * steps**2 / 4),
         ("twice-g", "That is divided by 2G; G divides twice, so by G times G.", loss * steps / 2),
         ("token-mean", "That is a mean over tokens. The course notes take the sum.", loss / tokens),
+        (
+            "token-mean",
+            "That is a mean over tokens. The course notes divide the sum by G twice.",
+            loss * steps**2 / tokens,
+        ),
     ]

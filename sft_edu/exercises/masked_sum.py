@@ -47,14 +47,16 @@ def _over(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
 
 
 # Two dimensions of different size, and no two mistakes that lead to one number.
-_TELLING = _Case([[1.0, 2.5, -4.0], [8.0, 16.5, 33.0]], [[1, 0, 1], [1, 1, 0]], dim=1, constant=2.5)
+_TELLING = _Case([[1.0, 2.5, -4.0], [8.0, 16.5, 33.0]], [[1, 0, 1], [0, 1, 0]], dim=1, constant=2.5)
 _NAN_HINT = "A NaN under mask 0 got through: 0 times NaN is NaN. Elements with mask 0 must not be used at all."
 _EMPTY_HINT = "Where the mask selects nothing the sum is 0, without division by a count."
 _INTEGER_HINT = "An integer mask as an index picks rows. Turn it into a condition first."
+_CHANGED_HINT = "The constant is changed before it divides. It may be less than 1, and need not be an integer."
 _CASES = (
     _Case([[1.0, 2.0]], [[1, 1]]),
     _Case([[1.0, 2.0]], [[1, 0]]),
     _Case([[1.0, 2.0]], [[1, 1]], constant=4.0),
+    _Case([[1.0, 2.0]], [[1, 1]], constant=0.5, code="constant-changed", hint=_CHANGED_HINT),
     _Case([[1.0, 2.0], [4.0, 8.0]], [[1, 1], [0, 1]], dim=0, code="dim-ignored"),
     _Case([[1.0, 2.0], [4.0, 8.0]], [[1, 1], [0, 1]], dim=1, code="dim-ignored"),
     _Case([[1.0, 2.0], [4.0, 8.0]], [[1, 1], [0, 1]], dim=-1, code="dim-ignored"),

@@ -46,7 +46,7 @@ class _Case:
 
 def _telling() -> _Case:
     # B, T, G, n and c: no two of the known wrong denominators coincide, so one cannot hide behind a right one.
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0, 0]])
     generator = torch.Generator().manual_seed(0)
     return _Case(-torch.rand(mask.shape, generator=generator, dtype=torch.float64), mask, 5, 1.73)
 

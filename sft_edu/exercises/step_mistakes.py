@@ -38,7 +38,7 @@ def denominators(mask: torch.Tensor, steps: int) -> list[tuple[str, str, float]]
         ),
         ("g-plus-two", "It is divided by G + 2. The second division is by G too.", steps + 2),
         ("twice-g", "It is divided by 2·G. The second division is by G too.", 2 * steps),
-        ("backward-twice", "The gradient doubled: call .backward() once.", steps**2 / 2),
+        ("backward-twice", "The gradient doubled: there is a factor of 2, or a second backward.", steps**2 / 2),
         (
             "sequence-mean",
             "It is divided by B and by G: that is the rule sequence_mean, not the one of the notes.",
@@ -52,6 +52,8 @@ def denominators(mask: torch.Tensor, steps: int) -> list[tuple[str, str, float]]
         ),
         ("token-count", f"It is divided by the token count too; {sums}.", tokens * steps**2),
         ("token-count", f"It is divided by the token count alone; {sums}, and divide by G twice.", tokens),
+        ("position-mean", f"Each row is divided by its positions; {sums}, and divide by G twice.", mask.shape[1]),
+        ("position-mean", f"Each row is divided by its positions, and by G once; {sums}.", mask.shape[1] * steps),
         ("position-mean", f"It is a mean over all positions; {sums}.", mask.numel() * steps**2),
         ("position-mean", f"It is a mean over all positions, divided by G once; {sums}.", mask.numel() * steps),
     ]

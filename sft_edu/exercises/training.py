@@ -45,15 +45,19 @@ def check_training_loop(train: Callable[..., object]) -> Verdict:
         return NOT_STARTED
     if _is_right(run.weights, minibatches_of(plan)):
         return wrong("other", "These weights are right, but not those of fewer minibatches.", case, largest)
+    if any(rate != LEARNING_RATE for rate in run.rates):
+        hint = "The learning rate was changed on the way. Leave the optimizer as it is."
+        return wrong("learning-rate-changed", hint, case, largest)
     return wrong(*named_mistake(run.weights, run.events, minibatches_of(plan)), case, largest)
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """The weights afterwards; `b` for each backward and `s` for each step of the optimizer, in order."""
+    """The weights afterwards; `b` for each backward and `s` for each step, in order; the learning rate of each step."""
 
     weights: torch.Tensor
     events: str
+    rates: list[float]
 
 
 class _Case(tuple):
@@ -85,13 +89,14 @@ def _microbatch(lengths: Sequence[int], generator: torch.Generator) -> dict[str,
 
 
 def _run(train: Callable, plan: Plan, quiet: bool = False) -> _Run:
-    model, events = fresh_model(), []
+    model, events, rates = fresh_model(), [], []
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     model.logits.register_post_accumulate_grad_hook(lambda parameter: events.append("b"))
     optimizer.register_step_post_hook(lambda *arguments: events.append("s"))
+    optimizer.register_step_pre_hook(lambda used, *arguments: rates.append(used.param_groups[0]["lr"]))
     call(train, model, minibatches_of(plan), optimizer, quiet=quiet)
     with reading("the model that was given, with the weights it had"):
-        return _Run(flat_weights(model), "".join(events))
+        return _Run(flat_weights(model), "".join(events), rates)
 
 
 def _is_right(weights: torch.Tensor, minibatches: Minibatches) -> bool:
@@ -113,5 +118,10 @@ def _compare(train: Callable, plan: _Case) -> tuple[str, float | None] | None:
         return None
     if weights.shape != expected.shape:
         return f"{plan}: the model has other weights than before.", None
-    text = f"{plan}: the weights end {distance:.0%} of the right update away from where they should."
+    text = f"{plan}: the weights end {_percent(distance)} of the right update away from where they should."
     return text, (weights - expected).abs().max().item()
+
+
+def _percent(share: float) -> str:
+    """Without digits after the point, but never 0%."""
+    return f"{share:.0%}" if share >= 0.005 else f"{100 * share:.1g}%"

@@ -6,11 +6,13 @@ every known wrong way, and the one that ends at the same weights is the mistake.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 
 from sft_edu.exercises.training_runs import (
+    RIGHT,
     Context,
     Habits,
     Minibatches,
@@ -121,7 +123,13 @@ def _by_events(events: str, moved: bool, minibatches: Minibatches) -> tuple[str,
             "One microbatch of each minibatch is trained, not all of them.",
         ),
     }
-    return patterns.get(events) or _by_fixed_window(events, minibatches)
+    return patterns.get(events) or _by_epochs(events, expected) or _by_fixed_window(events, minibatches)
+
+
+def _by_epochs(events: str, expected: str) -> tuple[str, str] | None:
+    epochs = len(events) // len(expected)
+    is_whole = events == expected * epochs
+    return ("several-epochs", f"The epoch runs {epochs} times. Train on each minibatch once.") if is_whole else None
 
 
 def _by_fixed_window(events: str, minibatches: Minibatches) -> tuple[str, str] | None:
@@ -140,6 +148,9 @@ def _by_fixed_window(events: str, minibatches: Minibatches) -> tuple[str, str] |
 def _by_habits(weights: torch.Tensor, events: str, minibatches: Minibatches) -> tuple[str, str] | None:
     """The first wrong way of training that ends at these weights."""
     start = flat_weights(fresh_model())
+    for order in itertools.permutations(minibatches):
+        if events == expected_events(order) and (weights - train_as(RIGHT, order)).norm() <= _TOLERANCE:
+            return "another-order", "The minibatches are not in the order in which they came. Begin with the first one."
     same_order = events if events.count("b") == sum(map(len, minibatches)) else ""
     for code, hint, habits in _wrong_ways(same_order):
         expected = train_as(habits, minibatches)
