@@ -51,6 +51,54 @@ def test_the_newest_and_the_one_before_are_kept(tmp_path: Path):
     assert weights(tmp_path)[0] == 10
 
 
+def names(folder: Path) -> list[str]:
+    """Step and microbatch of each checkpoint, and whether it was set aside."""
+    return sorted(re.sub(r"-[0-9a-f]{64}", "", path.name) for path in folder.iterdir())
+
+
+def test_damaged_ones_are_set_aside_and_push_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "KEPT", 3)
+        for step in (5, 10, 15):
+            path = save(tmp_path, step)
+            if step > 5:
+                path.write_bytes(b"damaged")
+    with pytest.warns(DamagedCheckpointWarning):
+        assert weights(tmp_path)[0] == 5
+    aside = ["step-00000010.0000.pt.damaged", "step-00000015.0000.pt.damaged"]
+    for step in (6, 7, 8):
+        save(tmp_path, step)
+        assert names(tmp_path) == [f"step-0000000{step - 1}.0000.pt", f"step-0000000{step}.0000.pt", *aside]
+        assert weights(tmp_path)[0] == step
+
+
+def test_what_was_just_saved_is_never_deleted(tmp_path: Path):
+    for step in (10, 15):
+        save(tmp_path, step).write_bytes(b"damaged, and nobody has looked")
+    assert save(tmp_path, 6).exists()
+    with pytest.warns(DamagedCheckpointWarning):
+        assert weights(tmp_path)[0] == 6
+
+
+def test_a_damaged_one_that_cannot_be_set_aside_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2).write_bytes(b"")
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.warns(DamagedCheckpointWarning):
+        assert weights(tmp_path)[0] == 1
+
+
+def test_numbers_may_have_any_length(tmp_path: Path):
+    for step, microbatch in ((3, 9_999), (3, 10_000), (99_999_999, 0), (100_000_000, 0)):
+        save(tmp_path, step, microbatch)
+        assert weights(tmp_path)[0] == step
+    assert names(tmp_path) == ["step-100000000.0000.pt", "step-99999999.0000.pt"]
+
+
 def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path):
     older, newest = save(tmp_path, 1), save(tmp_path, 2)
     content, chance = newest.read_bytes(), random.Random(0)
@@ -66,7 +114,7 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path):
     older.write_bytes(b"")
     with (
         pytest.warns(DamagedCheckpointWarning),
-        pytest.raises(ValueError, match="got 2 checkpoints, all of them damaged"),
+        pytest.raises(ValueError, match="got damaged checkpoints alone; expected a whole one"),
     ):
         load_checkpoint(tmp_path)
 

@@ -9,7 +9,8 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ import torch
 from sft_edu.training.whole_file import remove_unfinished, write_whole
 
 KEPT = 2  # the newest and the one before
-_NAME = re.compile(r"step-(\d{8})\.(\d{4})-([0-9a-f]{64})\.pt")
+_NAME = re.compile(r"step-(\d{8,})\.(\d{4,})-([0-9a-f]{64})\.pt")
+_DAMAGED = ".damaged"
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -52,13 +54,15 @@ def save_checkpoint(folder: str | os.PathLike, state: Mapping[str, object], *, s
     path = folder / f"step-{step:08d}.{microbatch:04d}-{hashlib.sha256(content).hexdigest()}.pt"
     write_whole(path, content)
     for old in _checkpoints(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
+        if old != path:  # newer ones may be damaged
+            old.unlink(missing_ok=True)
     return path
 
 
 def load_checkpoint(folder: str | os.PathLike, *, map_location: torch.device | str = "cpu") -> dict[str, object] | None:
     """The newest checkpoint that is whole, or None where there is none.
 
+    Newer ones, which are damaged, get another name: `save_checkpoint` must not count them among those that it keeps.
     Random number generators are left alone; see `set_random_state`.
 
     Args:
@@ -72,13 +76,14 @@ def load_checkpoint(folder: str | os.PathLike, *, map_location: torch.device | s
         DamagedCheckpointWarning: a newer one is damaged.
     """
     checkpoints = _checkpoints(Path(folder))
-    for path in checkpoints:
+    for index, path in enumerate(checkpoints):
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() == _NAME.fullmatch(path.name)[3]:
+            _set_aside(checkpoints[:index])
             return torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
         warnings.warn(f"{path} is damaged; taking the one before", DamagedCheckpointWarning, stacklevel=2)
     if checkpoints:
-        raise ValueError(f"{folder}: got {len(checkpoints)} checkpoints, all of them damaged; expected a whole one")
+        raise ValueError(f"{folder}: got damaged checkpoints alone; expected a whole one")
     return None
 
 
@@ -134,5 +139,11 @@ def _set_accelerator_state(states: list[torch.Tensor]) -> None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The newest first."""
-    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.name[: len("step-00000000.0000")], reverse=True)
+    found = {path: match for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2])), reverse=True)
+
+
+def _set_aside(damaged: Sequence[Path]) -> None:
+    for path in damaged:
+        with suppress(OSError):  # whoever only reads may not write there
+            path.replace(path.with_name(path.name + _DAMAGED))
