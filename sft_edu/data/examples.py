@@ -40,9 +40,12 @@ class Conversation(NamedTuple):
 def held_out(examples: Sequence[Example | Conversation], share: float, *, seed: int = 0) -> list[bool]:
     """Which examples to keep for a test: random ones, and with them all that ask the same.
 
+    Questions that are asked more often than examples are wanted are left out of the choice.
+
     Args:
         examples: any number.
-        share: of them, from 0 to 1; at least one is held out if it is above 0, and at least one is not.
+        share: of them, from 0 to 1: as many are held out or fewer, but at least one question if it is above 0, and at
+            least one is not.
         seed: of the choice.
 
     Raises:
@@ -52,18 +55,19 @@ def held_out(examples: Sequence[Example | Conversation], share: float, *, seed: 
     for index, example in enumerate(examples):
         asked = example.prompt if isinstance(example, Example) else example.messages[: example.answers[0]]
         questions.setdefault(asked, []).append(index)
-    wanted = max(1, round(share * len(examples))) if share else 0
-    if wanted and len(questions) < 2:
+    if share and len(questions) < 2:
         raise ValueError(f"held_out: got {share} of {len(examples)} examples that all ask the same; expected 0")
     groups = list(questions.values())
     random.Random(seed).shuffle(groups)
+    wanted = 0
+    if share:
+        wanted = max(min(round(share * len(examples)), len(examples) - 1), min(map(len, groups)))
     chosen = [False] * len(examples)
-    for group in groups[:-1]:
-        if wanted <= 0:
-            break
-        wanted -= len(group)
-        for index in group:
-            chosen[index] = True
+    for group in groups:
+        if len(group) <= wanted:
+            wanted -= len(group)
+            for index in group:
+                chosen[index] = True
     return chosen
 
 
