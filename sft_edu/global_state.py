@@ -2,13 +2,15 @@
 
 Covered, of torch: random number generators on the CPU and on an accelerator that is in use, grad mode, inference mode,
 autocast, anomaly detection, default dtype and device, threads, deterministic algorithms, precision of float32 products,
-cuDNN's and the attention kernels' switches, print options, modes and saved-tensor hooks that were entered and not left.
+the switches of cuDNN, oneDNN, opt_einsum and the attention kernels, print options, hooks of all modules, modes and
+saved-tensor hooks that were entered and not left.
 Of Python: its random number generator, warning filters, the root logger, the hooks, streams and limits in `sys`,
-`sys.path`, garbage collection, the current folder, the environment and signal handlers. Of numpy, if it is loaded: its
-random number generator, error handling and print options.
+`sys.path` and the finders of modules, garbage collection, the current folder, the environment and signal handlers. Of
+numpy, if it is loaded: its random number generator, error handling and print options.
 
-Out of reach: files, timers, threads that were started, functions of other modules that were replaced, and code that
-ends the process.
+Out of reach: files, what a started program prints, timers, threads that were started, what other modules keep (such as
+the context of `decimal`, a logger that is not the root, the sharing strategy of `torch.multiprocessing`), functions of
+theirs that were replaced, and code that ends the process.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import overrides
+from torch.nn.modules import module
 from torch.utils import _device, _python_dispatch
 
 Setting = tuple[Callable[[], Any], Callable[[Any], object]]
@@ -48,6 +51,16 @@ def _contents(owner: object, name: str) -> Setting:
     return lambda: list(getattr(owner, name)), put
 
 
+def _entries(kept: dict) -> Setting:
+    """A dict by its entries; afterwards it is the very dict that it was."""
+
+    def put(entries: dict) -> None:
+        kept.clear()
+        kept.update(entries)
+
+    return lambda: dict(kept), put
+
+
 def _put_environment(found: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(found)
@@ -61,8 +74,13 @@ def _put_handlers(found: list[Any]) -> None:
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
 _SYS = ("argv", "displayhook", "dont_write_bytecode", "excepthook", "stdin", "unraisablehook")
+_LISTS = ("path", "meta_path", "path_hooks")
 _CUDNN = ("allow_tf32", "benchmark", "deterministic", "enabled")
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+_MODULE_HOOKS = [
+    hooks for name, hooks in vars(module).items() if name.startswith("_global_") and isinstance(hooks, dict)
+]
 
 _PROCESS: tuple[Setting, ...] = (
     (os.getcwd, os.chdir),
@@ -83,6 +101,9 @@ _SETTINGS: tuple[Setting, ...] = (
     (torch.is_warn_always_enabled, torch.set_warn_always),
     (torch._C._is_multithreading_enabled, torch._C._set_multithreading_enabled),
     *(_attribute(torch.backends.cudnn, name) for name in _CUDNN),
+    *(_attribute(library, "enabled") for library in (torch.backends.mkldnn, torch.backends.opt_einsum)),
+    *(_entries(hooks) for hooks in _MODULE_HOOKS),
+    _attribute(module, "_global_is_full_backward_hook"),
     *(
         (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"))
         for name in _ATTENTION
@@ -127,7 +148,7 @@ def plain_settings() -> Iterator[None]:
     ignored, what is printed goes nowhere, and nothing can be typed in: `breakpoint()` raises instead of waiting.
     """
     with ExitStack() as stack:
-        lists = (_contents(sys, "path"), _contents(logging.root, "handlers"))
+        lists = (*(_contents(sys, name) for name in _LISTS), _contents(logging.root, "handlers"))
         for settings in (_PROCESS, lists, _numpy_settings(), _SETTINGS, _autocast_settings()):
             stack.callback(_restorer(settings))
         stack.enter_context(_no_default_device())
@@ -243,9 +264,9 @@ def _accelerator_generators() -> list[tuple[Callable, object]]:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return []
-    module = torch.get_device_module(accelerator)
-    if not getattr(module, "is_initialized", lambda: True)():
+    device = torch.get_device_module(accelerator)
+    if not getattr(device, "is_initialized", lambda: True)():
         return []
-    if hasattr(module, "get_rng_state_all"):
-        return [(module.set_rng_state_all, module.get_rng_state_all())]
-    return [(module.set_rng_state, module.get_rng_state())]
+    if hasattr(device, "get_rng_state_all"):
+        return [(device.set_rng_state_all, device.get_rng_state_all())]
+    return [(device.set_rng_state, device.get_rng_state())]

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from wild_steps import WILD, confusion, finish, label
 
@@ -255,6 +256,11 @@ def test_the_same_seed_gives_the_same_audit_and_another_seed_other_inputs():
 # --- What it does not do ---
 
 
+MODULE_HOOKS = [
+    hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and hasattr(hooks, "items")
+]
+
+
 def state():
     return {
         "torch rng": torch.get_rng_state().tolist(),
@@ -292,6 +298,9 @@ def state():
         "folder": Path.cwd(),
         "environment": dict(os.environ),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "hooks of modules": [list(hooks) for hooks in MODULE_HOOKS],
+        "kernels": (torch.backends.mkldnn.enabled, torch.backends.opt_einsum.enabled),
+        "finders": (list(sys.meta_path), list(sys.path_hooks)),
         "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
     }
 
@@ -307,6 +316,16 @@ def enter(context):
 class CountsNothing(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         return function(*arguments, **(keywords or {}))
+
+
+class FindsNothing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None
+
+
+def no_hook(path):
+    raise ImportError(path)
 
 
 VANDALISM = {
@@ -347,6 +366,12 @@ VANDALISM = {
     "changes the folder": lambda: os.chdir("/"),
     "changes the environment": lambda: os.environ.update(SFT_EDU_TEST="1"),
     "ignores signals": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    "hooks into every module": lambda: (
+        nn.modules.module.register_module_forward_hook(lambda *arguments: None),
+        nn.modules.module.register_module_full_backward_hook(lambda *arguments: None),
+    ),
+    "turns off oneDNN": lambda: setattr(torch.backends.mkldnn, "enabled", not torch.backends.mkldnn.enabled),
+    "finds modules its own way": lambda: (sys.meta_path.insert(0, FindsNothing), sys.path_hooks.append(no_hook)),
     "sets up a log": lambda: (
         logging.root.addHandler(logging.StreamHandler()),
         logging.root.setLevel(1),

@@ -209,7 +209,7 @@ def parameters(probe: Probe, case: Case, gradient: torch.Tensor) -> Iterator[Fin
     if outcome.error:
         yield "raises", f"With log-probs computed from parameters: {outcome.error}"
     elif not _alike(outcome.gradient, gradient, TOLERANCE):
-        yield "no-backward", "It writes .grad of the log-probs itself; parameters behind them get no gradient."
+        yield "no-backward", "The gradient stops at the log-probs; parameters behind them get no gradient."
 
 
 def padding(points: Sequence[Point]) -> Iterator[Finding]:

@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from math import isnan, nan
 
 from sft_edu.audit import findings
-from sft_edu.audit.denominator import NOT_A_PRODUCT, TOLERANCE, Denominator, Point, number, recover, series
+from sft_edu.audit.denominator import (
+    NOT_A_PRODUCT,
+    TOLERANCE,
+    Denominator,
+    Point,
+    number,
+    product_text,
+    recover,
+    series,
+)
 from sft_edu.audit.form import unknown
 from sft_edu.audit.probe import Outcome, Probe
 from sft_edu.audit.probe_cases import SYMBOLS, Case, Cases
@@ -171,11 +180,12 @@ class _Audit:
     def _name_with_empty_sequences(self, found: Denominator, empty: Sequence[Call]) -> tuple[str | None, str]:
         """Rule and formula once it is known whether a sequence without response tokens counts in B."""
         finite = [call for call in empty if call[1].gradient is not None and call[1].gradient.isfinite().all()]
-        odd = _first_off(found, _points(finite))
-        if odd is None:
-            return rule_of(found.powers, found.factor) if found.powers is not None else None, found.formula
-        if _first_off(found, _points(finite, trained_rows=True)) is None:
-            return None, found.formula.replace("B", TRAINED_ROWS)
+        if _first_off(found, _points(finite)) is None:
+            rule = rule_of(found.powers, found.factor) if found.powers is not None else None
+            return rule, found.formula
+        if found.powers is not None and _first_off(found, _points(finite, trained_rows=True)) is None:
+            powers = {TRAINED_ROWS if symbol == "B" else symbol: power for symbol, power in found.powers.items()}
+            return None, product_text(powers, found.factor)
         return None, _exception(found, "not beside a sequence without response tokens")
 
     def _was_varied(self, points: list[Point]) -> bool:
