@@ -1,8 +1,8 @@
-"""What is held out: the share that was asked for, and no question on both sides."""
+"""What is held out: the share that was asked for, and no question on both sides.."""
 
 import pytest
 
-from sft_edu.data.examples import Example, held_out
+from sft_edu.data.examples import Conversation, Example, Message, held_out
 
 
 def asked(*times: int) -> list[Example]:
@@ -30,6 +30,14 @@ def test_a_question_that_is_asked_often_is_not_held_out_in_place_of_a_few(times,
         assert sum(chosen) == wanted
         sides = [{e.prompt for e, is_held in zip(examples, chosen, strict=True) if is_held == side} for side in (0, 1)]
         assert sides[0].isdisjoint(sides[1])
+
+
+def test_the_same_question_in_another_form_is_the_same():
+    question = Message("user", "2 + 2")
+    talks = [Conversation((question, Message("assistant", "4"))), Example("2 + 2", "four"), Example("1 + 1", "2")]
+    assert {tuple(held_out(talks, 0.4, seed=seed)) for seed in range(20)} == {(False, False, True)}
+    with pytest.raises(ValueError, match="all ask the same"):
+        held_out(talks[:2], 0.4)
 
 
 def test_the_choice_follows_from_the_seed():

@@ -51,9 +51,12 @@ def held_out(examples: Sequence[Example | Conversation], share: float, *, seed: 
     Raises:
         ValueError: they cannot be divided, because all ask the same.
     """
-    questions: dict[object, list[int]] = {}
+    questions: dict[tuple[Message, ...], list[int]] = {}
     for index, example in enumerate(examples):
-        asked = example.prompt if isinstance(example, Example) else example.messages[: example.answers[0]]
+        if isinstance(example, Example):
+            asked: tuple[Message, ...] = (Message("user", example.prompt),)
+        else:
+            asked = example.messages[: example.answers[0]]
         questions.setdefault(asked, []).append(index)
     if share and len(questions) < 2:
         raise ValueError(f"held_out: got {share} of {len(examples)} examples that all ask the same; expected 0")
