@@ -1,8 +1,8 @@
-"""What is held out: the share that was asked for, and no question on both sides.."""
+"""What is held out: the share that was asked for, and no question on both sides. And what can be read."""
 
 import pytest
 
-from sft_edu.data.examples import Conversation, Example, Message, held_out
+from sft_edu.data.examples import Conversation, Example, FieldError, Message, check_example, held_out
 
 
 def asked(*times: int) -> list[Example]:
@@ -49,3 +49,10 @@ def test_the_choice_follows_from_the_seed():
 def test_examples_that_all_ask_the_same_cannot_be_divided(times: int):
     with pytest.raises(ValueError, match=rf"held_out: got 0\.1 of {times} examples that all ask the same"):
         held_out(asked(times), 0.1)
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff", " \u200d\u00ad\n", "\u202e"])
+def test_what_nobody_can_see_is_no_text(text: str):
+    with pytest.raises(FieldError, match="got text of invisible characters alone; expected text to read"):
+        check_example(Example("a question", text))
+    check_example(Example("a question", f"{text}x"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -131,6 +132,8 @@ def check_text(field: str, text: object, *, may_be_empty: bool = False) -> None:
         raise FieldError(field, describe(text), "text")
     if not may_be_empty and not text.strip():
         raise FieldError(field, "text of white space alone" if text else "an empty text", "text to read")
+    if not may_be_empty and all(letter.isspace() or unicodedata.category(letter) == "Cf" for letter in text):
+        raise FieldError(field, "text of invisible characters alone", "text to read")  # such as a byte order mark
     if "\0" in text:
         raise FieldError(field, f"a NUL character at position {text.index(chr(0))}", "text without it")
     if not text.isascii():
