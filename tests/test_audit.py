@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wild_steps import WILD, confusion, finish, label
 
 from sft_edu import RULES, StepAudit, audit_step, sft_microbatch_train_step
+from sft_edu.audit import report
 from sft_edu.audit.denominator import Point, product_text, recover
 from sft_edu.audit.probe import Probe
 from sft_edu.audit.probe_cases import SYMBOLS, Cases
@@ -90,6 +91,13 @@ def test_d_of_c_alone_is_said_to_be_token_mean_where_c_is_the_tokens_of_the_mini
     assert (
         "unless c is given as the response tokens of the whole minibatch: then this is token_mean" in audit.consequence
     )
+
+
+def test_a_known_rule_without_g_is_not_said_to_ignore_it(monkeypatch):
+    monkeypatch.setattr(report, "KNOWN", {**KNOWN, "by_c_alone": report.Known({}, True)})
+    monkeypatch.setitem(CONSEQUENCES, "by_c_alone", "It is what it is.")
+    audit = audit_step(WILD["leaves_g_to_the_caller"].step)
+    assert (*found(audit), audit.consequence) == ("by_c_alone", "c", (), "It is what it is.")
 
 
 # --- Denominators ---

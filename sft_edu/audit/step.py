@@ -182,6 +182,8 @@ class _Audit:
         finite = [call for call in empty if call[1].gradient is not None and call[1].gradient.isfinite().all()]
         if _first_off(found, _points(finite)) is None:
             rule = rule_of(found.powers, found.factor) if found.powers is not None else None
+            if rule is not None and not {"G", "N"} & {*found.powers}:  # a rule with a name may leave G to somebody else
+                self.found.pop("steps-ignored", None)
             return rule, found.formula
         if found.powers is not None and _first_off(found, _points(finite, trained_rows=True)) is None:
             powers = {TRAINED_ROWS if symbol == "B" else symbol: power for symbol, power in found.powers.items()}
