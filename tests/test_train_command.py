@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sft_edu.commands.report_page
 from sft_edu.cli import main
 from sft_edu.commands import train as train_command
+from sft_edu.commands.claim import LOCK
 from sft_edu.commands.prepare_run import PRETRAINED_DEFAULTS, prepare_run
 from sft_edu.commands.run_results import MODEL, REPORT
 from sft_edu.commands.run_settings import SETTINGS, RunSettings
@@ -362,7 +363,7 @@ def test_a_model_that_another_put_there_meanwhile_stays(whole: Path, folder: Pat
 
 def test_two_processes_do_not_share_a_folder(whole: Path, capsys):
     before = content(whole)
-    with FileLock(whole / train_command.LOCK):
+    with FileLock(whole / LOCK):
         status, _, err = train(capsys, "--resume", "--out", whole)
     assert status == 2
     assert "another process trains in it" in err
@@ -370,6 +371,23 @@ def test_two_processes_do_not_share_a_folder(whole: Path, capsys):
 
 
 # --- going on ---
+
+
+def test_a_launcher_that_starts_again_goes_on_with_what_it_began_alone(whole: Path, folder: Path, capsys, monkeypatch):
+    def attempt(number: int, launch: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / launch / f"attempt_{number}" / "0" / "error.json"))
+        return train(capsys, *arguments)
+
+    before = content(whole)
+    for number in (0, 1):  # the first is refused; the second comes with the same words
+        status, _, err = attempt(number, "none_a", "--out", "whole")
+        assert status == 2
+        assert "holds a run" in err
+    assert content(whole) == before
+    for number, status in ((1, 0), (2, 0)):  # the first attempt did not come so far as to begin
+        assert attempt(number, "none_b")[0] == status
+    assert attempt(1, "none_c")[0] == 2
 
 
 @pytest.mark.parametrize(

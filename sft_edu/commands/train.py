@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import sys
 import warnings
 from contextlib import nullcontext
@@ -16,20 +15,20 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from sft_edu.commands.claim import LOCK, check_free, claim, is_restarted, resume_command
 from sft_edu.commands.dry_run import describe_run
 from sft_edu.commands.prepare_run import TINY, PreparedRun, prepare_run
-from sft_edu.commands.run_results import MODEL, REPORT, final_words, save_final_model, write_report
+from sft_edu.commands.run_results import final_words, save_final_model, write_report
 from sft_edu.commands.run_settings import SETTINGS, RunSettings, read_settings
 from sft_edu.commands.train_options import OPTION_NAMES, add_options
 from sft_edu.ranks.torchrun import RankError, is_launched, ranks_from_environment
 from sft_edu.training.checkpoint import DamagedCheckpointWarning
 from sft_edu.training.one_process import OneProcess
 from sft_edu.training.pretrained import ModelLoadError
-from sft_edu.training.run import CHECKPOINTS, METRICS, RunFolder, stops_on_interrupt, train_into
+from sft_edu.training.run import RunFolder, stops_on_interrupt, train_into
 from sft_edu.training.train import OutOfMemory
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl+C ended
-LOCK = ".lock"
 _MAY_CHANGE = ("threads",)
 
 
@@ -64,10 +63,10 @@ def _train(options: argparse.Namespace) -> int:
     if options.shard and not is_launched():
         return _say("--shard: got it in one process; expected several, such as torchrun starts", 2)
     threads = torch.get_num_threads()
-    # A launcher that starts a run again does so with the words it was first started with.
-    options.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (options.out / SETTINGS).exists()
     try:
         with ranks_from_environment(shard=options.shard) as ranks:
+            # A launcher that starts a run again does so with the words it was first started with.
+            options.resume |= ranks.first(lambda: is_restarted(options.out))
             run = _prepare(options, ranks)
             if not options.dry_run:
                 return _run(run, options)
@@ -90,7 +89,7 @@ def _prepare(options: argparse.Namespace, ranks: OneProcess) -> PreparedRun:
     try:
         settings = _resumed(options.out, given) if options.resume else RunSettings(**given)
         if not options.resume and not options.dry_run:
-            _check_free(options.out)
+            check_free(options.out)
         prepared = prepare_run(settings, _device(options, ranks), ranks)
         if prepared.settings.threads is not None:
             torch.set_num_threads(prepared.settings.threads)
@@ -120,20 +119,11 @@ def _resumed(folder: Path, given: dict[str, object]) -> RunSettings:
     return replace(stored, **{name: given[name] for name in _MAY_CHANGE if name in given})
 
 
-def _check_free(folder: Path) -> None:
-    if any((folder / name).exists() for name in (SETTINGS, METRICS, CHECKPOINTS)):
-        raise ValueError(f"{folder}: holds a run. Go on with it: {_resume(folder)}\nOr take another folder: --out")
-    for name in (MODEL, f"{MODEL}.pt", REPORT):
-        if os.path.lexists(folder / name):
-            where = folder / name
-            raise ValueError(f"{where}: is there already, and a run would write it; take another folder: --out")
-
-
 def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
     folder = options.out
     lock = FileLock(folder / LOCK, timeout=0)
     try:
-        prepared.training.ranks.first(lambda: _claim(folder, lock, prepared.settings, options.resume))
+        prepared.training.ranks.first(lambda: claim(folder, lock, prepared.settings, options.resume))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DamagedCheckpointWarning)
             run = RunFolder(folder, prepared.training, resume=options.resume)
@@ -148,14 +138,6 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
         raise _Refused(_words(error)) from error
     finally:
         lock.release()
-
-
-def _claim(folder: Path, lock: FileLock, settings: RunSettings, resume: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock.acquire()
-    if not resume:
-        _check_free(folder)  # somebody may have begun one meanwhile
-        settings.write(folder)
 
 
 def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
@@ -181,11 +163,11 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
         if not is_first:
             return 0 if finished else INTERRUPTED
         model = save_final_model(prepared, run.folder) if finished else None
-        words = final_words(prepared, run, model) + [f"Go on with: {_resume(run.folder)}"] * (not finished)
+        words = final_words(prepared, run, model) + [f"Go on with: {resume_command(run.folder)}"] * (not finished)
         print(*words, f"Report: {write_report(prepared, run, words)}", sep="\n")
         return 0 if finished else INTERRUPTED
     except OSError as error:
-        words = f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {_resume(run.folder)}"
+        words = f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {resume_command(run.folder)}"
         raise _Failed(words) from error
     except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
         cause, advice = error, "Begin anew with other settings in another folder: --out"
@@ -223,10 +205,6 @@ def _words(error: BaseException) -> str:
         return OPTION_NAMES.get(name[1], "--" + name[1].replace("_", "-")) + name[2] if name[1] in known else name[0]
 
     return re.sub(r"(?<![\w-])(\w+)(: got|:? \d)", as_option, str(error)) or type(error).__name__
-
-
-def _resume(folder: Path) -> str:
-    return f"sft-edu train --resume --out {shlex.quote(str(folder))}"
 
 
 def _absolute(name: str, value: object) -> object:
