@@ -160,26 +160,33 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
                 should_stop=asked,
             )
         ranks.make_whole(run.training.model)
-        if not is_first:
-            return 0 if finished else INTERRUPTED
-        model = save_final_model(prepared, run.folder) if finished else None
-        words = final_words(prepared, run, model) + [f"Go on with: {resume_command(run.folder)}"] * (not finished)
-        print(*words, f"Report: {write_report(prepared, run, words)}", sep="\n")
+        ranks.first(lambda: _leave(prepared, run))  # all wait: when one ends, a launcher ends the others
         return 0 if finished else INTERRUPTED
     except OSError as error:
         words = f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {resume_command(run.folder)}"
         raise _Failed(words) from error
     except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
         cause, advice = error, "Begin anew with other settings in another folder: --out"
+        is_of_all = False
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "non-finite" not in str(error):
             raise
         advice = "A lower --learning-rate or --max-norm may help; begin anew in another folder: --out"
-        cause = error
+        cause, is_of_all = error, isinstance(error, RuntimeError) or str(error).startswith("rank ")
     words = [f"{_failed(run)} {_words(cause)}", advice]
-    if is_first:
+    if is_of_all:  # otherwise the others do not know of it, and nobody may wait
+        words.append(f"Report: {ranks.first(lambda: write_report(prepared, run, words))}")
+    elif is_first:
         words.append(f"Report: {write_report(prepared, run, words)}")
     raise _Failed("\n".join(words)) from cause
+
+
+def _leave(prepared: PreparedRun, run: RunFolder) -> None:
+    """Write what is left of a run that is finished or stopped, and say so."""
+    finished = run.training.finished
+    model = save_final_model(prepared, run.folder) if finished else None
+    words = final_words(prepared, run, model) + [f"Go on with: {resume_command(run.folder)}"] * (not finished)
+    print(*words, f"Report: {write_report(prepared, run, words)}", sep="\n")
 
 
 def _failed(run: RunFolder) -> str:

@@ -1,11 +1,13 @@
 """`sft-edu` on two ranks: `command.py FAULT ARGUMENT...`, under torchrun or with FORK=1 in the environment.
 
-FAULT is none, or one that rank 1 meets after the fourth optimizer step of the first attempt: kill or nan.
+FAULT is none, or one that rank 1 meets after the fourth optimizer step of the first attempt: kill, nan or stop. Each
+rank says at its end whether the report is there.
 """
 
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from processes import run_ranks
@@ -18,7 +20,10 @@ def run(rank: int) -> None:
     fault, *arguments = sys.argv[1:]
     if rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         meet(fault)
-    sys.exit(main(arguments))
+    status = main(arguments)
+    report = Path(arguments[arguments.index("--out") + 1], "report.html")
+    print(f"rank {rank} ended {'with' if report.exists() else 'without'} a report", flush=True)
+    sys.exit(status)
 
 
 def meet(fault: str) -> None:
@@ -27,6 +32,8 @@ def meet(fault: str) -> None:
     def faulty(training: Training):
         if training.step == 4 and fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if training.step == 4 and training.microbatch == 0 and fault == "stop":
+            signal.raise_signal(signal.SIGINT)
         if training.step == 4 and fault == "nan":
             with torch.no_grad():
                 training.model.head.weight.fill_(float("nan"))
