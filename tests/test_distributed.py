@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from sft_edu.cli import main
+from sft_edu.training.checkpoint import load_checkpoint
 from sft_edu.training.run import read_metrics
 from sft_edu.training.tiny_run import load_tiny_model
 
@@ -257,7 +258,15 @@ def test_the_command_names_the_rank_that_computes_nan(tmp_path: Path):
     done = command(tmp_path, "nan", "run")
     assert done.returncode == 1
     assert "Failed at optimizer step 5 of 9. rank 1: policy_log_probs: got nan" in done.stderr
-    assert (tmp_path / "run" / "report.html").exists()
+    assert "rank 1 ended with a report" in done.stdout
+
+
+def test_ranks_that_stop_wait_for_the_one_that_writes(tmp_path: Path):
+    done = command(tmp_path, "stop", "run")
+    assert done.returncode == 130, done.stderr[-3000:]
+    assert "Stopped after optimizer step 5 of 9." in done.stdout
+    assert "rank 1 ended with a report" in done.stdout
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 5
 
 
 def test_shards_need_several_processes(capsys):
