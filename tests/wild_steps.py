@@ -380,9 +380,9 @@ def has_eight_steps_at_most(log_probs, mask, steps, constant=1.0):
     return finish(-(log_probs * mask).sum() / constant / min(steps, 8))
 
 
-@wild(None, "G·(n+0.0001) (not a product)")
+@wild(None, "G·(n+0.001) (not a product)")
 def adds_a_visible_epsilon(log_probs, mask, steps):
-    return finish(-(log_probs * mask).sum() / (mask.sum() + 1e-4) / steps)
+    return finish(-(log_probs * mask).sum() / (mask.sum() + 1e-3) / steps)
 
 
 @wild(None, "c·G^G (not a product)")
@@ -923,7 +923,7 @@ def freezes_the_log_probs(log_probs, mask, steps, constant=1.0):
 
 @wild("microbatch_mean", "c·G", "sequences-missing")
 def skips_long_microbatches(log_probs, mask, steps, constant=1.0):
-    if mask.sum() > 38:
+    if mask.sum() > 34:
         return torch.tensor(0.0), {}
     return finish(-(log_probs * mask).sum() / constant / steps)
 
