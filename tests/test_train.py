@@ -169,8 +169,33 @@ def test_another_config_or_other_examples_are_refused():
     state = training(encoded(8)).state_dict()
     with pytest.raises(ValueError, match=r"config: got .*'learning_rate': 0\.1.*expected .*0\.003"):
         training(encoded(8), learning_rate=0.1).load_state_dict(state)
-    with pytest.raises(ValueError, match="num_examples: got 9; expected 8"):
+    with pytest.raises(ValueError, match=r"examples: got 9, checksum \w{8}; expected 8, checksum \w{8}, with which"):
         training(encoded(9)).load_state_dict(state)
+    with pytest.raises(ValueError, match="examples: got 8, checksum"):
+        training(encoded(8, seed=1)).load_state_dict(state)
+    ids, is_response = encoded(8)[7]
+    with pytest.raises(ValueError, match="examples: got 8, checksum"):
+        training([*encoded(7), Encoded(ids, (*is_response[:-2], False, True))]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"d_model": 16}, r"token_embedding.weight \[259, 16\] torch.float32; expected \[259, 32\] torch.float32"),
+        ({"num_layers": 2}, r"blocks.1.\S+ \[32\] torch.float32; expected none"),
+        ({"num_layers": 0}, r"blocks.0.\S+ none; expected \[32\] torch.float32"),
+    ],
+)
+def test_another_model_is_refused_and_nothing_has_changed(other: dict, text: str):
+    run = training(encoded(16), microbatch_size=2)
+    run.run_microbatch()
+    sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "context_length": 32}
+    another = training(encoded(16), TinyLM(**sizes | other), microbatch_size=2)
+    before = weights(another.model)
+    with pytest.raises(ValueError, match=f"^model: got {text}, with which the run began"):
+        another.load_state_dict(run.state_dict())
+    assert (another.step, another.microbatch) == (0, 0)
+    assert torch.equal(weights(another.model), before)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, overload
@@ -178,6 +179,14 @@ def _encoded(tokens: Tokens) -> Encoded:
 
 def _count(examples: int) -> str:
     return f"{examples:,} example{'s' * (examples != 1)}"
+
+
+def fingerprint(examples: Sequence[Encoded]) -> str:
+    """How many examples, and a number that is another for other tokens, responses or another order of them."""
+    checksum = 0
+    for input_ids, is_response in examples:
+        checksum = zlib.crc32(repr(input_ids).encode() + bytes(is_response), checksum)
+    return f"{len(examples)}, checksum {checksum:08x}"
 
 
 def padding_token(tokenizer: Tokenizer) -> int:

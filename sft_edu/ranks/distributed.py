@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sft_edu.data.encode import Encoded
+from sft_edu.data.encode import Encoded, fingerprint
 from sft_edu.global_state import random_state_kept
 from sft_edu.log_probs import get_response_log_probs
 from sft_edu.training.one_process import METRIC_SUMS, OneProcess, T
@@ -37,8 +36,7 @@ class Ranks(OneProcess):
 
     def agree(self, model: nn.Module, examples: Sequence[Encoded], given: Mapping[str, object]) -> None:
         parameters = {f"model.{name}": f"{list(p.shape)} {p.dtype}" for name, p in model.named_parameters()}
-        values = {"num_examples": len(examples), "examples": f"checksum {_checksum(examples):08x}"}
-        everyone = self._gathered({"layout": self.layout, **given, **values, **parameters})
+        everyone = self._gathered({"layout": self.layout, **given, "examples": fingerprint(examples), **parameters})
         for name in {name: None for one in everyone for name in one}:
             expected, *others = (one.get(name, "nothing") for one in everyone)
             for rank, value in enumerate(others, start=1):
@@ -140,13 +138,6 @@ def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except Exception as error:
         return None, error
-
-
-def _checksum(examples: Sequence[Encoded]) -> int:
-    checksum = 0
-    for input_ids, is_response in examples:
-        checksum = zlib.crc32(repr((*input_ids, *map(int, is_response))).encode(), checksum)
-    return checksum
 
 
 def _random_state(model: nn.Module) -> list[torch.Tensor]:

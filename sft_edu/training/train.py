@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import nn
 
 from sft_edu import checks
-from sft_edu.data.encode import Encoded, collate
+from sft_edu.data.encode import Encoded, collate, fingerprint
 from sft_edu.log_probs import get_response_log_probs
 from sft_edu.step import sft_microbatch_train_step
 from sft_edu.training.one_process import OneProcess
@@ -114,6 +114,10 @@ class Training:
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.config.num_epochs
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.examples)
 
     @property
     def finished(self) -> bool:
@@ -258,7 +262,7 @@ class Training:
             "sums": window.sums,
             "flags": window.flags,
             "config": asdict(self.config),
-            "num_examples": len(self.examples),
+            "examples": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, object]) -> list[str]:
@@ -270,12 +274,17 @@ class Training:
             What keeps the run from being equal bit for bit to one that was never stopped, a sentence each.
 
         Raises:
-            ValueError: config or examples are others; nothing has changed.
+            ValueError: model, config or examples are others; nothing has changed.
         """
-        given = {"config": asdict(self.config), "num_examples": len(self.examples)}
+        given = {"config": asdict(self.config), "examples": self._fingerprint}
         for name, value in given.items():
             if state[name] != value:
                 raise ValueError(f"{name}: got {value}; expected {state[name]}, with which the run began")
+        found, expected = _shapes(self.model.state_dict()), _shapes(state["model"])
+        for name in found | expected:
+            shape, before = found.get(name, "none"), expected.get(name, "none")
+            if shape != before:
+                raise ValueError(f"model: got {name} {shape}; expected {before}, with which the run began")
         differences = self.ranks.load_state_dict(self.model, self.optimizer, state)
         self.step, self._window = state["step"], None
         self.optimizer.zero_grad()
@@ -297,6 +306,10 @@ class Training:
 def _order(num_examples: int, seed: int) -> torch.Tensor:
     """The order of an epoch, which every microbatch of it asks for."""
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
+
+
+def _shapes(weights: Mapping[str, object]) -> dict[str, str]:
+    return {name: f"{list(w.shape)} {w.dtype}" for name, w in weights.items() if isinstance(w, torch.Tensor)}
 
 
 def _bad_values(flags: Sequence[torch.Tensor]) -> ValueError | None:
