@@ -19,7 +19,7 @@ from sft_edu.data.tasks import make_examples
 from sft_edu.tokens import ByteTokenizer
 from sft_edu.training.checkpoint import load_checkpoint
 from sft_edu.training.evaluate import Evaluation
-from sft_edu.training.run import METRICS, RunFolder, as_json, read_metrics, stops_on_interrupt, train_into
+from sft_edu.training.run import CHECKPOINTS, METRICS, RunFolder, as_json, read_metrics, stops_on_interrupt, train_into
 from sft_edu.training.train import Training
 from sft_edu.training.train_config import TrainConfig
 
@@ -121,6 +121,24 @@ def test_a_stop_keeps_the_middle_of_a_minibatch(tmp_path: Path):
 def same(run: RunFolder, other: RunFolder) -> None:
     assert torch.equal(weights(run.training.model), weights(other.training.model))
     assert (run.folder / METRICS).read_bytes() == (other.folder / METRICS).read_bytes()
+
+
+def test_lines_without_a_checkpoint_are_not_begun_anew(tmp_path: Path):
+    """A run has one from its beginning: somebody has taken it away."""
+    go(str(tmp_path))
+    for path in (tmp_path / CHECKPOINTS).iterdir():
+        path.unlink()
+    lines = (tmp_path / METRICS).read_bytes()
+    words = f"{tmp_path / CHECKPOINTS}: got no checkpoint; expected one of the run, of which {METRICS} has 10 steps"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RunFolder(tmp_path, training(), resume=True)
+    assert (tmp_path / METRICS).read_bytes() == lines
+    assert not list((tmp_path / CHECKPOINTS).iterdir())
+
+
+def test_a_run_has_a_checkpoint_before_its_first_step(tmp_path: Path):
+    RunFolder(tmp_path, training())
+    assert load_checkpoint(tmp_path / CHECKPOINTS)["step"] == 0
 
 
 @pytest.mark.timeout(600)  # a minute, where nothing else runs

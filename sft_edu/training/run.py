@@ -24,7 +24,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
-    """What a run leaves behind: a line of `metrics.jsonl` for each optimizer step, and checkpoints.
+    """What a run leaves behind: a line of `metrics.jsonl` for each optimizer step, and checkpoints, the first at once.
 
     Nothing is written into a folder that holds another run.
 
@@ -36,7 +36,7 @@ class RunFolder:
 
     Raises:
         FileExistsError: the folder holds a run, and `resume` is False.
-        ValueError: the run there had another config or other examples, or all checkpoints are damaged.
+        ValueError: the run there had another config or other examples, or its checkpoints are gone or all damaged.
         OSError: the folder cannot be written.
     """
 
@@ -48,13 +48,14 @@ class RunFolder:
         first = training.ranks.first
         if not resume and first(lambda: any((self.folder / name).exists() for name in (METRICS, CHECKPOINTS))):
             raise FileExistsError(f"{self.folder}: holds a run; go on with it (resume) or take another folder")
-        state = first(lambda: checkpoint.load_checkpoint(self.folder / CHECKPOINTS)) if resume else None
+        state = first(self._load) if resume else None
         self._saved: tuple[int, int] | None = None
         if state is not None:
             checkpoint.set_random_state(state["random"])
             self.differences = training.load_state_dict(state) + checkpoint.environment_differences(state)
             self._saved = self._position()
         first(self._take_back_metrics)
+        self.save()
 
     def records(self) -> list[dict[str, object]]:
         """The lines of `metrics.jsonl`."""
@@ -84,6 +85,14 @@ class RunFolder:
                 self.folder / CHECKPOINTS, state, step=training.step, microbatch=training.microbatch
             )
         self._saved = self._position()
+
+    def _load(self) -> dict[str, object] | None:
+        """The newest whole checkpoint; None of a run that was killed before it had one."""
+        state = checkpoint.load_checkpoint(self.folder / CHECKPOINTS)
+        if state is None and (self.folder / METRICS).exists() and (steps := len(self.records())):
+            expected = f"one of the run, of which {METRICS} has {steps} steps"
+            raise ValueError(f"{self.folder / CHECKPOINTS}: got no checkpoint; expected {expected}")
+        return state
 
     def _position(self) -> tuple[int, int]:
         return self.training.step, self.training.microbatch
