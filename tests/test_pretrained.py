@@ -399,6 +399,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    (tmp_path / ".model.60xyymx2.unfinished" / "model").mkdir(parents=True)
+    (tmp_path / ".model.60xyymx2.unfinished" / "model" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".models.unfinished").mkdir()  # of another
+    save_model(llama(), byte_tokenizer(), tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".models.unfinished"}
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # no file may grow beyond; Python ignores the signal

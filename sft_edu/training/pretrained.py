@@ -5,8 +5,10 @@ Needs the extra `hf`. Nothing is imported from it before a model is asked for.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -99,7 +101,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     if folder.exists() or folder.is_symlink():
         raise FileExistsError(f"{folder}: is there already; take another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent) as place:
+    prefix = f".{folder.name}."
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*.unfinished"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, suffix=".unfinished", dir=folder.parent) as place:
         unfinished = Path(place) / folder.name
         _write(model, tokenizer, unfinished)
         _flush(unfinished)
