@@ -152,18 +152,22 @@ class Training:
             OutOfMemory: it does not fit; what to do is in the text.
             ValueError: the model gave log-probs that are not finite; nothing was stepped. Ranks raise it together,
                 before they step, and name the one that it happened on.
+            RuntimeError: the gradient is not finite; nothing was stepped.
+
+        After any error the minibatch begins anew.
         """
         window = self._window = self._window or self._open_window()
         microbatch, is_last = window.share[window.index], window.index + 1 == len(window.share)
         try:
             with self.ranks.gradients(self._wrapped, travel=is_last):
                 self._accumulate(window, microbatch)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise OutOfMemory(_smaller(self.config, microbatch, self.device)) from error
-        window.index += 1
-        return self._optimizer_step(window) if is_last else None
+            window.index += 1
+            return self._optimizer_step(window) if is_last else None
+        except BaseException as error:
+            self._drop_window()  # nobody knows how much of the microbatch is in the gradients
+            if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+                raise OutOfMemory(_smaller(self.config, microbatch, self.device)) from error
+            raise
 
     def agree_to_stop(self, should_stop: Callable[[], bool]) -> bool:
         """Whether to stop here, as `should_stop` says; where ranks wait for each other, one of them is enough.
@@ -221,9 +225,8 @@ class Training:
             group["lr"] = learning_rate
         grad_norm = self.ranks.clip(self.model, self.config.max_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
-        self._window = None
+        self._drop_window()
         num_tokens = max(sums["num_tokens"], 1)
         return Record(
             step=self.step,
@@ -286,11 +289,15 @@ class Training:
             if shape != before:
                 raise ValueError(f"model: got {name} {shape}; expected {before}, with which the run began")
         differences = self.ranks.load_state_dict(self.model, self.optimizer, state)
-        self.step, self._window = state["step"], None
-        self.optimizer.zero_grad()
+        self.step = state["step"]
+        self._drop_window()
         if state["microbatch"] and not self.ranks.lockstep:
             self._load_window(state)
         return differences
+
+    def _drop_window(self) -> None:
+        self._window = None
+        self.optimizer.zero_grad()
 
     def _load_window(self, state: dict[str, object]) -> None:
         for name, parameter in self.model.named_parameters():
@@ -333,8 +340,9 @@ def _smaller(config: TrainConfig, examples: Sequence[Encoded], device: torch.dev
     size = config.microbatch_size
     if size == 1:
         return f"{text} One sequence is the least: take shorter ones (max_length) or a smaller model."
-    half = size // 2
+    together = size * config.gradient_accumulation_steps
+    smaller = next(divisor for divisor in range(size // 2, 0, -1) if together % divisor == 0)
     return (
-        f"{text} Try microbatch_size {half} with gradient_accumulation_steps "
-        f"{math.ceil(config.gradient_accumulation_steps * size / half)}: under token_mean it is the same gradient."
+        f"{text} Try microbatch_size {smaller} with gradient_accumulation_steps {together // smaller}: "
+        "under token_mean it is the same gradient."
     )
