@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from itertools import chain, islice, pairwise
 
 import pytest
@@ -211,7 +212,11 @@ def test_another_model_is_refused_and_nothing_has_changed(other: dict, text: str
         ({"learning_rate": "1"}, "learning_rate: got '1'"),
         ({"max_norm": 0}, "max_norm: got 0"),
         ({"final_share": 1.5}, "final_share: got 1.5; expected a number above 0 up to 1"),
+        ({"learning_rate": math.inf}, "learning_rate: got inf; expected a finite number above 0"),
         ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay: got inf; expected a finite number of at least 0"),
+        ({"weight_decay": "x"}, "weight_decay: got 'x'"),
+        ({"weight_decay": None}, "weight_decay: got None"),
         ({"optimizer": "adam"}, "optimizer: got 'adam'; expected one of adamw, sgd"),
         ({"normalize_constant": 0.0}, "normalize_constant"),
     ],
@@ -243,7 +248,11 @@ class Broken(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("size", "advice"),
-    [(6, "Try microbatch_size 3 with gradient_accumulation_steps 4"), (1, "take shorter ones")],
+    [
+        (6, "Try microbatch_size 3 with gradient_accumulation_steps 4:"),
+        (5, "Try microbatch_size 2 with gradient_accumulation_steps 5:"),
+        (1, "take shorter ones"),
+    ],
 )
 @pytest.mark.parametrize(
     "error",
@@ -253,6 +262,18 @@ def test_out_of_memory_says_what_would_fit(size: int, advice: str, error: Runtim
     run = training(encoded(12), Broken(error), microbatch_size=size, gradient_accumulation_steps=2)
     with pytest.raises(OutOfMemory, match=advice):
         run.run_microbatch()
+
+
+def test_advice_never_changes_the_minibatch():
+    for size in range(2, 12):
+        for steps in range(1, 5):
+            config = {"microbatch_size": size, "gradient_accumulation_steps": steps}
+            run = training(encoded(size * steps), Broken(torch.OutOfMemoryError()), **config)
+            with pytest.raises(OutOfMemory) as caught:
+                run.run_microbatch()
+            smaller, more = map(int, re.search(r"microbatch_size (\d+) with \D+ (\d+)", str(caught.value)).groups())
+            assert smaller * more == size * steps
+            assert smaller <= size / 2
 
 
 def test_other_errors_stay_what_they_are():
@@ -266,6 +287,47 @@ def test_nan_stops_the_run_before_the_optimizer():
         list(run)
     assert run.step == 0
     assert torch.equal(run.model.weight.detach(), torch.zeros(259))
+
+
+class FailsOnce(TinyLM):
+    """Raises in its third forward pass, or has a gradient there that is not finite."""
+
+    error: BaseException | None = None
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        raise NotImplementedError  # or calls would be made to find out what can be done with it
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        logits = super().forward(input_ids)
+        if self.calls == 3 and self.error:
+            raise self.error
+        if self.calls == 3:
+            logits.register_hook(lambda gradient: gradient * math.inf)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (None, RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_after_a_failure_the_minibatch_begins_anew(error: BaseException | None, raised: type[BaseException]):
+    config = {"microbatch_size": 2, "gradient_accumulation_steps": 3}
+    sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "context_length": 32}
+    straight = training(encoded(12), TinyLM(**sizes), **config)
+    failing = training(encoded(12), FailsOnce(**sizes), **config)
+    failing.model.error = error
+    with pytest.raises(raised):
+        list(failing)
+    assert (failing.step, failing.microbatch) == (0, 0)
+    assert all(parameter.grad is None for parameter in failing.model.parameters())
+    for expected, record in zip(straight, failing, strict=True):
+        assert record.nll == pytest.approx(expected.nll, rel=1e-5)
+    assert compare(weights(failing.model), weights(straight.model)).relative_error < 1e-4
 
 
 def test_config_is_plain_data():

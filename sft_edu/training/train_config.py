@@ -56,12 +56,15 @@ class TrainConfig:
             value = getattr(self, name)
             if type(value) is not int or value < low:
                 raise ValueError(f"{name}: got {value!r}; expected an integer of at least {low}")
-        for name, high in (("learning_rate", math.inf), ("max_norm", math.inf), ("final_share", 1.0)):
+        for name, fits, expected in (
+            ("learning_rate", lambda value: 0 < value < math.inf, "a finite number above 0"),
+            ("final_share", lambda value: 0 < value <= 1, "a number above 0 up to 1"),
+            ("weight_decay", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+            ("max_norm", lambda value: value > 0, "a number above 0"),
+        ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
-                raise ValueError(f"{name}: got {value!r}; expected a number above 0{' up to 1' * (high == 1)}")
-        if isinstance(self.weight_decay, bool) or not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: got {self.weight_decay!r}; expected a number of at least 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                raise ValueError(f"{name}: got {value!r}; expected {expected}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: got {self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
 
