@@ -571,6 +571,8 @@ def test_people_bring_their_own_examples(make):
     assert [line["label"] for line in curves(lab).lines][:2] == ["training", "all of them"]
     with pytest.raises(ValueError, match="examples: got none"):
         TrainingLab([])
+    with pytest.raises(ValueError, match="held_out: got none; expected at least one, or None"):
+        TrainingLab(FEW, [])
 
 
 def test_eight_threads_at_once_leave_it_in_step(make):

@@ -85,7 +85,10 @@ class TrainingLab(Lab):
         max_norm: float = 1.0,
         train_on_prompt: bool = False,
     ) -> None:
-        self._material = built_in() if examples is None else Material.of(examples, held_out or examples)
+        if held_out is not None and not held_out:
+            raise ValueError("held_out: got none; expected at least one, or None to ask the examples themselves")
+        asked = examples if held_out is None else held_out
+        self._material = built_in() if examples is None else Material.of(examples, asked)
         self._asked = "held-out" if examples is None or held_out is not None else "training"
         self._run: TrainingRun | None = None
         self._before: TrainingRun | None = None
