@@ -62,6 +62,7 @@ def test_the_arithmetic_is_that_of_the_run(tmp_path, rule: str):
     assert "4 sequences x 3 microbatches = 12 sequences" in text
     assert "45 sequences / 12 = 4 optimizer steps, the last with 9 in 3 microbatches" in text
     assert "4 x 2 epochs = 8 steps" in text
+    assert "learning rate up to 0.003 after 0, then down towards 0.00015" in text
     inside = [sum(sum(sequence.is_response) for sequence in microbatch) for microbatch in first]
     denominators = {
         "notes": 9,

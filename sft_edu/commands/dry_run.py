@@ -74,7 +74,7 @@ def _arithmetic(run: PreparedRun) -> list[str]:
         f"Epoch           {epoch}",
         f"Run             {steps:,} x {_number(config.num_epochs, 'epoch')} = {_number(training.num_steps, 'step')}; "
         f"learning rate up to {config.learning_rate:g} after {config.warmup_steps}, "
-        f"then down to {config.learning_rate * config.final_share:g}",
+        f"then down towards {config.learning_rate * config.final_share:g}",
         f"Rule            {rule.name}, D = {rule.formula}; in the first microbatch D = {denominator}",
         f"Model           {sum(p.numel() for p in training.model.parameters()):,} parameters on {training.device}",
     ]

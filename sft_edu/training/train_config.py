@@ -26,7 +26,7 @@ class TrainConfig:
         optimizer: "adamw" or "sgd".
         learning_rate: its highest value, after `warmup_steps` optimizer steps; then it falls along half a cosine.
         warmup_steps: optimizer steps until then.
-        final_share: of the highest learning rate, left at the end.
+        final_share: of the highest learning rate, towards which it falls: the step after the last would have it.
         weight_decay: of AdamW and SGD alike.
         max_norm: the gradient is clipped to this length before the optimizer steps; infinity never clips.
         seed: of the order of the examples.
