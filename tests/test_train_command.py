@@ -111,7 +111,7 @@ def test_the_whole_command(folder: Path):
     assert re.findall(r"^step +(\d+) of 10 ", out, re.MULTILINE) == ["1", "4", "8", "10"]
     assert "response tokens/s" in out
     assert "Finished after optimizer step 10 of 10." in out
-    assert "40 examples," in out
+    assert re.search(r"^40 examples, .*\.\n36 to train on, 4 held out\.$", out, re.MULTILINE)
     assert load_checkpoint(folder / "my run" / CHECKPOINTS)["step"] == 10
     model = load_tiny_model(folder / "my run" / "model.pt")
     settings = json.loads((folder / "my run" / SETTINGS).read_text())
@@ -264,10 +264,15 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch, environment: dict[str
         (["--microbatch-size", "0"], "--microbatch-size: got 0; expected an integer of at least 1"),
         (["--gradient-accumulation-steps", "0"], "--gradient-accumulation-steps: got 0"),
         (["--epochs", "0"], "--epochs: got 0; expected an integer of at least 1"),
-        (["--learning-rate", "nan"], "--learning-rate: got nan; expected a number above 0"),
+        (["--learning-rate", "nan"], "--learning-rate: got nan; expected a finite number above 0"),
         (["--normalize-constant", "0"], "--normalize-constant: got 0"),
         (["--max-norm", "-1"], "--max-norm: got -1.0"),
         (["--max-length", "2"], "--max-length: got 2"),
+        (["--max-length", "100000000000"], "--max-length: got 100000000000; expected an integer of at most 2147483647"),
+        (["--microbatch-size", "9" * 20], f"--microbatch-size: got {'9' * 20}; expected an integer of at most"),
+        (["--seed", "9" * 20], f"--seed: got {'9' * 20}; expected an integer of at most"),
+        (["--threads", "9" * 11], f"--threads: got {'9' * 11}; expected an integer of at most"),
+        (["--epochs", "9" * 20], f"--epochs: got {'9' * 20}; expected an integer of at most"),
         (["--held-out", "1"], "--held-out: got 1.0; expected a share from 0 up to 1"),
         (["--held-out", "nan"], "--held-out: got nan"),
         (["--threads", "0"], "--threads: got 0"),
@@ -519,6 +524,19 @@ def fails_at_call(monkeypatch, number: int, error: Exception) -> None:
     monkeypatch.setattr(TinyLM, "forward", forward)
 
 
+no_memory = pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        MemoryError(),
+    ],
+    ids=["accelerator", "cpu", "python"],
+)
+
+
 def test_too_little_memory_is_told_with_what_to_try(folder: Path, capsys, monkeypatch):
     real = Training._accumulate
 
@@ -536,9 +554,24 @@ def test_too_little_memory_is_told_with_what_to_try(folder: Path, capsys, monkey
     assert load_checkpoint(folder / "run" / CHECKPOINTS)["step"] == 3
 
 
-def test_a_model_that_does_not_fit_is_told(folder: Path, capsys, monkeypatch):
+@no_memory
+def test_too_little_memory_for_an_evaluation_is_told(folder: Path, capsys, monkeypatch, error: Exception):
+    def fails(evaluation, model):
+        raise error
+
+    monkeypatch.setattr(Evaluation, "__call__", fails)
+    status, _, err = train(capsys)
+    assert status == 1
+    assert err.startswith("Failed after optimizer step 1 of 10. Too little memory on cpu")
+    assert "Take a smaller --microbatch-size or --max-length" in err
+    assert "Traceback" not in err
+    assert "Too little memory" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@no_memory
+def test_a_model_that_does_not_fit_is_told(folder: Path, capsys, monkeypatch, error: Exception):
     def to(model, *arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(TinyLM, "to", to)
     status, _, err = train(capsys)

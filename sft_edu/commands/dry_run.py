@@ -66,7 +66,7 @@ def _arithmetic(run: PreparedRun) -> list[str]:
         epoch += f", the last with {last} in {_number(math.ceil(last / config.microbatch_size), 'microbatch', 'es')}"
     return [
         f"Data            {run.examples}",
-        f"                {trained:,} to train on, {len(run.examples) - trained:,} held out",
+        f"                {run.split}",
         f"Microbatch      {len(first)} sequences x {longest} positions = {len(first) * longest:,}: "
         f"{inside:,} response, {tokens - inside:,} prompt, {len(first) * longest - tokens:,} padding",
         f"Optimizer step  {config.microbatch_size} sequences x {config.gradient_accumulation_steps} microbatches = "

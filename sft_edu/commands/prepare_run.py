@@ -30,6 +30,8 @@ PRETRAINED_DEFAULTS = {"microbatch_size": 4, "gradient_accumulation_steps": 8, "
 _LONGEST = 1024  # tokens, unless said otherwise
 _HELD_OUT = 0.1
 _EVALUATIONS = 10  # in a run, besides the first
+_MOST = {"threads": 1024, "seed": 2**53}
+_MOST |= dict.fromkeys(("microbatch_size", "num_epochs", "warmup_steps", "max_length"), 2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class PreparedRun:
     examples: EncodedExamples
     training: Training
     evaluation: Evaluation | None
+
+    @property
+    def split(self) -> str:
+        """How many examples are trained on, and how many are not."""
+        trained = len(self.training.examples)
+        return f"{trained:,} to train on, {len(self.examples) - trained:,} held out"
 
 
 def prepare_run(
@@ -74,6 +82,9 @@ def prepare_run(
     for name in ("evaluate_every", "checkpoint_every", "threads"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise ValueError(f"{name}: got {value}; expected an integer of at least 1")
+    for name, most in _MOST.items():  # what is computed with it would overflow
+        if (value := getattr(settings, name)) is not None and value > most:
+            raise ValueError(f"{name}: got {value}; expected an integer of at most {most}")
     settings = _with_defaults(settings)
     _config(settings)  # says what is wrong before anything large is loaded
     settings, examples, is_held_out = _load_examples(settings)

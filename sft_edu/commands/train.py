@@ -26,7 +26,7 @@ from sft_edu.training.checkpoint import DamagedCheckpointWarning
 from sft_edu.training.one_process import OneProcess
 from sft_edu.training.pretrained import ModelLoadError
 from sft_edu.training.run import RunFolder, stops_on_interrupt, train_into
-from sft_edu.training.train import OutOfMemory
+from sft_edu.training.train import OutOfMemory, is_out_of_memory
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl+C ended
 _MAY_CHANGE = ("threads",)
@@ -93,7 +93,9 @@ def _prepare(options: argparse.Namespace, ranks: OneProcess) -> PreparedRun:
         prepared = prepare_run(settings, _device(options, ranks), ranks)
         if prepared.settings.threads is not None:
             torch.set_num_threads(prepared.settings.threads)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise _Refused("The model does not fit into memory; take a smaller one or another --device.") from error
     except (ModelLoadError, OSError, TypeError, ValueError) as error:
         raise _Refused(_words(error)) from error
@@ -148,7 +150,7 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
     if run.differences and is_first:
         _say(f"Not bit for bit as if it had never stopped: {'; '.join(run.differences)}.", 0)
     if is_first:
-        print(f"{prepared.examples}\n{_size(prepared)}", flush=True)
+        print(f"{prepared.examples}\n{prepared.split}.\n{_size(prepared)}", flush=True)
     try:
         with stops_on_interrupt() as asked, progress_bar(run.training) if is_first else nullcontext() as on_line:
             finished = train_into(
@@ -165,20 +167,32 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
     except OSError as error:
         words = f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {resume_command(run.folder)}"
         raise _Failed(words) from error
-    except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
-        cause, advice = error, "Begin anew with other settings in another folder: --out"
-        is_of_all = False
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "non-finite" not in str(error):
-            raise
-        advice = "A lower --learning-rate or --max-norm may help; begin anew in another folder: --out"
-        cause, is_of_all = error, isinstance(error, RuntimeError) or str(error).startswith("rank ")
-    words = [f"{_failed(run)} {_words(cause)}", advice]
-    if is_of_all:  # otherwise the others do not know of it, and nobody may wait
-        words.append(f"Report: {ranks.first(lambda: write_report(prepared, run, words))}")
-    elif is_first:
-        words.append(f"Report: {write_report(prepared, run, words)}")
-    raise _Failed("\n".join(words)) from cause
+    except (ValueError, RuntimeError, MemoryError) as error:
+        words, is_of_all = _told(error, run)
+        if is_of_all:  # otherwise the others do not know of it, and nobody may wait
+            words.append(f"Report: {ranks.first(lambda: write_report(prepared, run, words))}")
+        elif is_first:
+            words.append(f"Report: {write_report(prepared, run, words)}")
+        raise _Failed("\n".join(words)) from error
+
+
+def _told(error: Exception, run: RunFolder) -> tuple[list[str], bool]:
+    """What failed and what to do, and whether all ranks failed with it. An error of another kind is raised again."""
+    begin_anew = "begin anew in another folder: --out"
+    if isinstance(error, OutOfMemory):
+        return [f"{_failed(run)} {_words(error)}", f"With other settings, {begin_anew}"], False
+    if is_out_of_memory(error):
+        step, total, device = run.training.step, run.training.num_steps, run.training.device
+        what = f"Too little memory on {device} for what comes after it, such as an evaluation."
+        advice = f"Take a smaller --microbatch-size or --max-length; {begin_anew}"
+        return [f"Failed after optimizer step {step} of {total}. {what}", advice], False
+    is_of_all = isinstance(error, RuntimeError) or str(error).startswith("rank ")
+    if isinstance(error, RuntimeError) and "non-finite" not in str(error):
+        raise error
+    return [
+        f"{_failed(run)} {_words(error)}",
+        f"A lower --learning-rate or --max-norm may help; {begin_anew}",
+    ], is_of_all
 
 
 def _leave(prepared: PreparedRun, run: RunFolder) -> None:

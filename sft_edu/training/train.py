@@ -165,7 +165,7 @@ class Training:
             return self._optimizer_step(window) if is_last else None
         except BaseException as error:
             self._drop_window()  # nobody knows how much of the microbatch is in the gradients
-            if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise OutOfMemory(_smaller(self.config, microbatch, self.device)) from error
             raise
 
@@ -327,9 +327,10 @@ def _bad_values(flags: Sequence[torch.Tensor]) -> ValueError | None:
     return None
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU has no class of its own for it.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory does not suffice. On the CPU it has no class of its own."""
+    has_class = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return has_class or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _smaller(config: TrainConfig, examples: Sequence[Encoded], device: torch.device) -> str:
