@@ -127,6 +127,7 @@ def test_an_interrupted_copy_goes_on(course, mine, monkeypatch):
         copy_lessons(mine)
         assert contents(mine)["notebooks/00.ipynb"] == f"notebooks/00.ipynb, version {version}"
     assert contents(mine)["notebooks/01.ipynb"] == "my answers"
+    assert [name for name in contents(mine) if "_new" in name] == ["notebooks/01_new.ipynb"]  # once, not at each try
 
 
 def test_folders_of_others_are_refused(course, tmp_path, capsys):

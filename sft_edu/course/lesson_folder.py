@@ -90,17 +90,18 @@ def _bring(folder: Path, name: str, content: bytes, known: dict[str, str], copie
         _replace(target, content)
         copied.updated.append(name)
     elif digest != known.get(name):  # an edited file, and a version that was not offered yet
-        beside = _free_name(target)
+        beside = _name_beside(target, digest)
         _replace(beside, content)
         copied.kept[name] = beside.relative_to(folder).as_posix()
     known[name] = digest
 
 
-def _free_name(path: Path) -> Path:
-    free, number = path.with_stem(f"{path.stem}_new"), 2
-    while free.exists():
-        free, number = path.with_stem(f"{path.stem}_new_{number}"), number + 1
-    return free
+def _name_beside(path: Path, digest: str) -> Path:
+    """A free name, or one that has this content already: a copy may have been stopped before it noted that."""
+    beside, number = path.with_stem(f"{path.stem}_new"), 2
+    while beside.exists() and _digest(beside.read_bytes()) != digest:
+        beside, number = path.with_stem(f"{path.stem}_new_{number}"), number + 1
+    return beside
 
 
 def _read(manifest: Path) -> dict[str, str]:
