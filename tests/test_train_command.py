@@ -300,6 +300,13 @@ def test_what_cannot_begin_is_named_and_leaves_nothing(folder: Path, capsys, arg
     assert not (folder / "run").exists()
 
 
+def test_data_from_a_pipe_are_refused(folder: Path, capsys):
+    os.mkfifo(folder / "pipe.jsonl")
+    status, _, err = train(capsys, data="pipe.jsonl")  # it does not wait for somebody to write
+    assert status == 2
+    assert err == "--data: got pipe.jsonl, a pipe; expected a file, which a resumed run can read again\n"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_malformed_line_is_named_with_its_field(folder: Path, capsys, name: str):
     line, field, _ = REFUSED[name]

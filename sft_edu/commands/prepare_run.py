@@ -159,6 +159,8 @@ def _load_examples(settings: RunSettings) -> tuple[RunSettings, Sequence[Example
         return settings, trained + tested, [False] * len(trained) + [True] * len(tested)
     if not 0 <= settings.held_out < 1:
         raise ValueError(f"held_out: got {settings.held_out}; expected a share from 0 up to 1")
+    if Path(settings.data).is_fifo():
+        raise ValueError(f"data: got {settings.data}, a pipe; expected a file, which a resumed run can read again")
     examples = load_jsonl(settings.data)
     with Path(settings.data).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
