@@ -265,6 +265,7 @@ def test_ranks_that_stop_wait_for_the_one_that_writes(tmp_path: Path):
     done = command(tmp_path, "stop", "run")
     assert done.returncode == 130, done.stderr[-3000:]
     assert "Stopped after optimizer step 5 of 9." in done.stdout
+    assert "Go on with: torchrun --nproc-per-node 2 -m sft_edu train --resume --out run\n" in done.stdout
     assert "rank 1 ended with a report" in done.stdout
     assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 5
 

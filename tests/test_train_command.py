@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sft_edu.commands.report_page
 from sft_edu.cli import main
 from sft_edu.commands import train as train_command
-from sft_edu.commands.claim import LOCK
+from sft_edu.commands.claim import LOCK, resume_command
 from sft_edu.commands.prepare_run import PRETRAINED_DEFAULTS, prepare_run
 from sft_edu.commands.run_results import MODEL, REPORT
 from sft_edu.commands.run_settings import SETTINGS, RunSettings
@@ -487,6 +488,31 @@ def test_an_interrupt_keeps_everything_and_says_how_to_go_on(whole: Path, folder
     assert not (folder / "long run" / "model.pt").exists()
     advice = shlex.split(re.search(r"Go on with: (.*)", out)[1])
     assert advice == ["sft-edu", "train", "--resume", "--out", "long run"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "shard", "expected"),
+    [
+        ({}, False, "sft-edu train --resume --out 'my run'"),
+        ({"LOCAL_WORLD_SIZE": "4"}, False, "torchrun --nproc-per-node 4 -m sft_edu train --resume --out 'my run'"),
+        (
+            {"LOCAL_WORLD_SIZE": "4"},
+            True,
+            "torchrun --nproc-per-node 4 -m sft_edu train --shard --resume --out 'my run'",
+        ),
+        ({"LOCAL_WORLD_SIZE": "2"}, False, "torchrun ... -m sft_edu train --resume --out 'my run'"),  # two machines
+    ],
+)
+def test_a_run_goes_on_as_it_was_started(monkeypatch, environment: dict[str, str], shard: bool, expected: str):
+    for name, value in (environment and {"RANK": "0", "WORLD_SIZE": "4"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert resume_command(Path("my run"), shard=shard) == expected
+
+
+def test_one_microbatch_is_not_called_several(capsys, monkeypatch):
+    monkeypatch.setattr(train_command, "stops_on_interrupt", lambda: nullcontext(lambda: next(stops)))
+    stops = iter([False, True])
+    assert train(capsys)[1].count("Stopped after optimizer step 0 of 10 and 1 microbatch of the next.") == 1
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 7, 16])

@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from sft_edu.commands.run_results import MODEL, REPORT
 from sft_edu.commands.run_settings import SETTINGS, RunSettings
+from sft_edu.ranks.torchrun import is_launched
 from sft_edu.training.run import CHECKPOINTS, METRICS
 from sft_edu.training.whole_file import write_whole
 
@@ -57,9 +58,15 @@ def is_restarted(folder: Path) -> bool:
     return note.exists() and note.read_text(encoding="utf-8") == _launch()
 
 
-def resume_command(folder: Path) -> str:
-    """What goes on with the run in the folder."""
-    return f"sft-edu train --resume --out {shlex.quote(str(folder))}"
+def resume_command(folder: Path, *, shard: bool = False) -> str:
+    """What goes on with the run in the folder, on as many processes as there are now."""
+    start = "sft-edu"
+    if is_launched():
+        on_each = os.environ.get("LOCAL_WORLD_SIZE")
+        # Of several machines nobody knows here how they find each other.
+        start = f"--nproc-per-node {on_each}" if on_each == os.environ["WORLD_SIZE"] else "..."
+        start = f"torchrun {start} -m sft_edu"
+    return f"{start} train{' --shard' * shard} --resume --out {shlex.quote(str(folder))}"
 
 
 def _launch() -> str:

@@ -45,7 +45,8 @@ def final_words(prepared: PreparedRun, run: RunFolder, model: Path | None) -> li
     training, lines = prepared.training, run.records()
     how = "Finished" if training.finished else "Stopped"
     words = f"{how} after optimizer step {training.step:,} of {training.num_steps:,}"
-    words += f" and {training.microbatch} microbatches of the next." * bool(training.microbatch) or "."
+    several = "es" * (training.microbatch > 1)
+    words += f" and {training.microbatch} microbatch{several} of the next." * bool(training.microbatch) or "."
     sentences = [words, f"Data: {prepared.examples}"]
     scored = [line for line in lines if "held_out_exact_match" in line]
     if scored:

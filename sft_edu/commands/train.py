@@ -133,7 +133,7 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
             _say(str(warning.message), 0)
         if options.resume and prepared.training.ranks.rank == 0:
             _say(f"Goes on at step {prepared.training.step}, microbatch {prepared.training.microbatch}.", 0)
-        return _train_to_the_end(prepared, run)
+        return _train_to_the_end(prepared, run, resume_command(folder, shard=options.shard))
     except Timeout as error:
         raise _Refused(f"{folder}: another process trains in it; wait for it, or take another folder: --out") from error
     except (OSError, ValueError) as error:
@@ -142,7 +142,7 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
         lock.release()
 
 
-def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
+def _train_to_the_end(prepared: PreparedRun, run: RunFolder, go_on: str) -> int:
     from sft_edu.commands.progress_bar import progress_bar
 
     ranks, settings = run.training.ranks, prepared.settings
@@ -162,10 +162,10 @@ def _train_to_the_end(prepared: PreparedRun, run: RunFolder) -> int:
                 should_stop=asked,
             )
         ranks.make_whole(run.training.model)
-        ranks.first(lambda: _leave(prepared, run))  # all wait: when one ends, a launcher ends the others
+        ranks.first(lambda: _leave(prepared, run, go_on))  # all wait: when one ends, a launcher ends the others
         return 0 if finished else INTERRUPTED
     except OSError as error:
-        words = f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {resume_command(run.folder)}"
+        words = f"{_failed(run)} {_words(error)}\nWhat was saved before is whole: {go_on}"
         raise _Failed(words) from error
     except (ValueError, RuntimeError, MemoryError) as error:
         words, is_of_all = _told(error, run)
@@ -195,11 +195,11 @@ def _told(error: Exception, run: RunFolder) -> tuple[list[str], bool]:
     ], is_of_all
 
 
-def _leave(prepared: PreparedRun, run: RunFolder) -> None:
+def _leave(prepared: PreparedRun, run: RunFolder, go_on: str) -> None:
     """Write what is left of a run that is finished or stopped, and say so."""
     finished = run.training.finished
     model = save_final_model(prepared, run.folder) if finished else None
-    words = final_words(prepared, run, model) + [f"Go on with: {resume_command(run.folder)}"] * (not finished)
+    words = final_words(prepared, run, model) + [f"Go on with: {go_on}"] * (not finished)
     print(*words, f"Report: {write_report(prepared, run, words)}", sep="\n")
 
 
