@@ -94,7 +94,8 @@ def test_a_checkpoint_goes_on_bit_for_bit_also_with_dropout(world_size: int):
 @pytest.mark.parametrize("world_size", SIZES)
 def test_a_checkpoint_goes_on_elsewhere_and_says_what_that_changes(world_size: int):
     found = figures(world_size)["checkpoints"]
-    places = {"one": "1 process", "ddp": f"{world_size} ranks", "fsdp": f"{world_size} ranks with shards"}
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    places = {"one": "1 process", "ddp": ranks, "fsdp": f"{ranks} with shards"}
     for before in places:
         for after in places:
             text = (

@@ -32,7 +32,7 @@ class Ranks(OneProcess):
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.layout = f"{self.world_size} ranks"
+        self.layout = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
 
     def agree(self, model: nn.Module, examples: Sequence[Encoded], given: Mapping[str, object]) -> None:
         parameters = {f"model.{name}": f"{list(p.shape)} {p.dtype}" for name, p in model.named_parameters()}
