@@ -187,8 +187,10 @@ def test_a_trained_tiny_model_can_be_trained_on(whole: Path, capsys):
 
 
 def test_hostile_texts_do_nothing(folder: Path, capsys):
-    texts = [part for part in HOSTILE_PARTS if not {"\0", "\ud800"} & set(part) and part.strip()]
-    data = "".join(json.dumps({"prompt": f"{n}{text}", "response": text}) + "\n" for n, text in enumerate(texts * 3))
+    texts = [part for part in HOSTILE_PARTS if not {"\0", "\ud800"} & set(part)]
+    data = "".join(
+        json.dumps({"prompt": f"{n}{text}", "response": f"{text}."}) + "\n" for n, text in enumerate(texts * 3)
+    )
     (folder / "hostile.jsonl").write_text(data)
     status, out, err = train(capsys, "--out", "<img src=x>", "--held-out", 0.4, data="hostile.jsonl")
     assert (status, err) == (0, "")
