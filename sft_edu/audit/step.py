@@ -128,6 +128,7 @@ class _Audit:
         for _, outcome in other:
             self._note(findings.log_prob_weights(gradient, findings.arrived(outcome)))
         if "uneven-weights" in self.found:
+            self.found.pop("sequences-missing", None)  # a few tokens that all weigh nothing
             return None, _UNEVEN
         coarse = findings.coarse_dtype([*varied, *full, *edges])
         if "scales-grad" in self.found and findings.is_scaled([*varied, *edges]):
