@@ -21,7 +21,7 @@ lab: $(VENV)/lab.stamp ## open the lessons in JupyterLab
 	@$(BIN)/python -m sft_edu lab --in-place $(LAB_FLAGS)
 
 test: $(VENV)/test.stamp ## run every test: library, lessons, browser
-	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.stamp ## check style, common mistakes and types
 	@$(BIN)/python -m ruff check

@@ -271,7 +271,7 @@ def test_keys_change_every_setting_and_the_page_follows(labs: Labs, keyboard: Ke
         keyboard.go(name, stop)
         keyboard.press(keys)
         labs.settle(wanted, value)
-        labs.agree(name)
+        labs.agree(name, asked=stop == "button 1 num_tokens")
     assert labs.ask(f"{name}.state") == start
 
 
