@@ -17,14 +17,8 @@ from sft_edu.audit.probe_cases import Case
 
 _STEPS = (
     *("gradient_accumulation_steps", "grad_accumulation_steps", "grad_accum_steps", "grad_acc_steps", "ga_steps"),
-    *(
-        "accumulation_steps",
-        "accum_steps",
-        "acc_steps",
-        "gradient_accumulation",
-        "grad_accum",
-        "num_accumulation_steps",
-    ),
+    *("accumulation_steps", "accum_steps", "acc_steps", "num_accumulation_steps"),
+    *("gradient_accumulation", "grad_accum"),
     *("num_microbatches", "num_micro_batches", "n_microbatches", "steps", "num_steps", "G", "g"),
 )
 _NAMES = {
@@ -102,10 +96,12 @@ class Form(NamedTuple):
 def forms(step: Callable) -> Iterator[Form]:
     """Every way to call the step that its signature allows, the likeliest first."""
     parameters = _parameters(step)
-    constant = next((p for p in parameters if _assigned(parameters).get(p.name) == "constant"), None)
+    assigned = _assigned(parameters)
+    constant = next((p for p in parameters if assigned.get(p.name) == "constant"), None)
+    ways = _ways(parameters, assigned, _has_default(constant))
     masks = (torch.bool, torch.int64, None)  # None: the dtype of the log-probs
     for is_leaf, dtype in itertools.product((True, False), (torch.float64, torch.float32)):
-        for given, mask in itertools.product(_ways(parameters), masks):
+        for given, mask in itertools.product(ways, masks):
             for as_tensor in (False, True) if any(one.what == "tokens" for one in given) else (False,):
                 yield Form(given, constant, as_tensor, dtype, mask or dtype, is_leaf)
 
@@ -116,7 +112,8 @@ def unknown(step: Callable) -> str:
     names = [p.name for p in parameters if not _takes_any(p) and not _has_default(p)]
     if _LOOP_NAMES & {*names}:
         return " It looks like a whole loop: audit_accumulation is for those."
-    rest = [name for name in names if name not in _assigned(parameters)]
+    assigned = _assigned(parameters)
+    rest = [name for name in names if name not in assigned]
     wrap = "wrap the step in a function of log-probs, mask, G and c"
     return f" It has to be given {' and '.join(rest)}, too: {wrap}." if rest else ""
 
@@ -140,9 +137,9 @@ def _assigned(parameters: Parameters) -> dict[str, str]:
     return by_name | dict(zip(others, [what for what in _BY_PLACE if found[what] is None], strict=False))
 
 
-def _ways(parameters: Parameters) -> list[tuple[Given, ...]]:
+def _ways(parameters: Parameters, assigned: dict[str, str], may_omit_constant: bool) -> list[tuple[Given, ...]]:
     """The arguments to give, the likeliest way first. Several where c has a default, or where anything is taken."""
-    assigned, given, in_order = _assigned(parameters), [], True
+    given, in_order = [], True
     for parameter in parameters:
         if parameter.name in assigned:
             in_order = in_order and parameter.kind != parameter.KEYWORD_ONLY
@@ -150,7 +147,7 @@ def _ways(parameters: Parameters) -> list[tuple[Given, ...]]:
         elif not _takes_any(parameter):
             in_order = False
     missing = [what for what in _NEEDED if what not in assigned.values()]
-    more = [what for what in ("constant",) if missing and what not in assigned.values()]
+    more = ["constant"] if missing and "constant" not in assigned.values() else []
     takes_any_place, takes_any_name = (
         any(p.kind == kind for p in parameters)
         for kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -159,8 +156,7 @@ def _ways(parameters: Parameters) -> list[tuple[Given, ...]]:
         given += [Given(what, "", True) for what in (*missing, *more)]
     elif takes_any_name:
         given += [Given(what, _NAMES[what][0], False) for what in (*missing, *more)]
-    optional = next((p for p in parameters if assigned.get(p.name) == "constant" and _has_default(p)), None)
-    may_drop = any(one.what in more for one in given) or optional is not None
+    may_drop = may_omit_constant or any(one.what in more for one in given)
     ways = [tuple(given), _without(given, "constant")] if may_drop else [tuple(given)]
     if takes_any_name and "tokens" not in assigned.values():
         names = (*_NAMES["tokens"][:2], "")

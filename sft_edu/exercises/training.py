@@ -20,6 +20,7 @@ _PROMPT, _LONGEST = 2, 8
 Plan = Sequence[Sequence[Sequence[int]]]
 _TELLING: Plan = ([[1, 5], [2]], [[4], [1, 1]], [[3]])
 _PLANS: tuple[Plan, ...] = ([[[2]]], [[[2], [2]]], [[[1], [3]]], [[[2]], [[1]]], [[[1], [3]], [[2]]], _TELLING)
+_BETWEEN = {"+": "sequences", ",": "microbatches", ";": "minibatches"}
 _TOLERANCE = 1e-5  # of how far the weights moved: below float32's rounding of a step, far below any mistake
 
 
@@ -64,14 +65,9 @@ class _Case(tuple):
     """A plan."""
 
     def __str__(self) -> str:
-        windows = (", ".join("+".join(map(str, lengths)) for lengths in window) for window in self)
-        explained = [
-            "response tokens",
-            *(["'+' between sequences"] if any(len(lengths) > 1 for window in self for lengths in window) else []),
-            *(["',' between microbatches"] if any(len(window) > 1 for window in self) else []),
-            *(["';' between minibatches"] if len(self) > 1 else []),
-        ]
-        return f"Minibatches of {'; '.join(windows)} ({', '.join(explained)})"
+        counts = "; ".join(", ".join("+".join(map(str, lengths)) for lengths in window) for window in self)
+        signs = [f"'{sign}' between {what}" for sign, what in _BETWEEN.items() if sign in counts]
+        return f"Minibatches of {counts} ({', '.join(['response tokens', *signs])})"
 
 
 def minibatches_of(plan: Plan) -> Minibatches:
