@@ -116,11 +116,10 @@ class RanksLab(Lab):
     def _rows(self) -> list[dict]:
         return [
             _row(
-                name,
+                f"{name}, followed below" if name == self.denominator else name,
                 found,
                 _colour(name),
-                f"D = {RANK_DENOMINATORS[name].formula}, length {found.ratio:.4f}x, cosine {found.cosine:.4f}"
-                + ("; followed below" if name == self.denominator else ""),
+                f"D = {RANK_DENOMINATORS[name].formula}, length {found.ratio:.4f}x, cosine {found.cosine:.4f}",
             )
             for name, found in self._compared.items()
         ]

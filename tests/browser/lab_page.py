@@ -44,6 +44,23 @@ BROKEN_OUTPUT = (
     "Loading widget...",
 )
 
+# Chromium's own record of what moved without being touched. What grew in its place has not jumped; what moved sideways
+# is an axis that follows its numbers.
+WATCH_JUMPS = """() => {
+  window.jumps = [];
+  window.jumpObserver?.disconnect();
+  window.jumpObserver = new PerformanceObserver((list) => {
+    for (const { sources } of list.getEntries())
+      for (const { node, previousRect: old, currentRect: now } of sources) {
+        const element = node?.nodeType === Node.TEXT_NODE ? node.parentElement : node;
+        if (element?.closest('.jp-Cell-inputArea, .jp-OutputArea-output')
+            && old.height === now.height && Math.abs(now.y - old.y) >= 2)
+          window.jumps.push(`${node.textContent.trim().slice(0, 60)}: from ${old.y} to ${now.y} px`);
+      }
+  });
+  window.jumpObserver.observe({ type: 'layout-shift' });
+}"""
+
 
 def find_chromium() -> str | None:
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -194,6 +211,19 @@ class LabPage:
         shown = self.page.locator(".jp-Notebook").first.inner_text()
         return raised + [text for text in BROKEN_OUTPUT if text in shown]
 
+    def watch_jumps(self) -> None:
+        self.page.evaluate(WATCH_JUMPS)
+
+    def jumps(self) -> list[str]:
+        """What jumped up or down since the last time, or since `watch_jumps`."""
+        self.page.wait_for_timeout(100)  # records come after the frame that they are about
+        return self.page.evaluate("() => window.jumps.splice(0)")
+
+    def scroll_through(self) -> None:
+        """Have every part of the notebook on the screen for a moment."""
+        for _ in self._screenfuls():
+            self.page.wait_for_timeout(100)
+
     def theme(self, name: str) -> None:
         """Switch to "light" or "dark"."""
         lab_name = f"JupyterLab {name.capitalize()}"
@@ -204,19 +234,24 @@ class LabPage:
     def screenshots(self, folder: Path, name: str) -> list[Path]:
         """A picture of every screenful of the notebook, from top to bottom."""
         folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for _ in self._screenfuls():
+            self.page.wait_for_timeout(200)
+            paths.append(folder / f"{name}_{len(paths):02}.png")
+            self.page.screenshot(path=paths[-1])
+        return paths
+
+    def _screenfuls(self) -> Iterator[int]:
+        """Scroll from top to bottom; yields the place after each move."""
         scroller = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer")
         # Lab lets one scroll past the end; the pictures stop at the last cell.
         height, end = scroller.evaluate(
             """box => [box.clientHeight, box.scrollTop - box.getBoundingClientRect().top
               + Math.max(...[...box.querySelectorAll('.jp-Cell')].map(c => c.getBoundingClientRect().bottom))]"""
         )
-        paths = []
         for top in range(0, round(end), height):
             scroller.evaluate("(box, top) => { box.scrollTop = top }", top)
-            self.page.wait_for_timeout(200)
-            paths.append(folder / f"{name}_{len(paths):02}.png")
-            self.page.screenshot(path=paths[-1])
-        return paths
+            yield top
 
     def close(self) -> None:
         """Shut the kernel down and leave the page; kernels that hold torch would fill the memory."""

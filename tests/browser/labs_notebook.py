@@ -137,8 +137,8 @@ class Labs:
         for index, line in enumerate(text.splitlines()[2:6]):
             name, formula, off, length, cosine = re.split(r"\s{2,}", line)
             row = every.get_by_role("row").nth(index)
-            choice = "; followed below" if f"denominator={name}" == text.split()[4] else ""
-            expect(row).to_have_accessible_name(f"{name} D = {formula}, length {length}, cosine {cosine}{choice} {off}")
+            choice = ", followed below" if f"denominator={name}" == text.split()[4] else ""
+            expect(row).to_have_accessible_name(f"{name}{choice} D = {formula}, length {length}, cosine {cosine} {off}")
         followed_rows = self.told("ranks", "[[r['label'], r['note'], r['text']] for r in lab._rows_by_world()]")
         expect(followed.get_by_role("row")).to_have_count(len(followed_rows))
         for index, cells in enumerate(followed_rows):

@@ -56,12 +56,15 @@ def labs(lab: LabPage) -> Iterator[Labs]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_page_says_what_the_kernel_says_after_every_change(labs: Labs, name: str):
+def test_the_page_says_what_the_kernel_says_after_every_change_and_nothing_jumps(labs: Labs, name: str):
     labs.agree(name)
     said = labs.ask(f"repr({name})")
+    labs.output(name).evaluate("output => output.scrollIntoView()")
+    labs.lab.watch_jumps()
     for change in CHANGES[name]:
         labs.ask("None", change)
         labs.agree(name)
+        assert labs.lab.jumps() == [], change
         assert labs.ask(f"repr({name})") != said, change
         said = labs.ask(f"repr({name})")
 

@@ -21,6 +21,9 @@ def test_lab_answers(server: Server):
 def test_lesson_runs_in_lab(lab: LabPage, lesson: Path):
     lab.open(lesson.name)
     lab.run_all()
+    lab.watch_jumps()
+    lab.scroll_through()
+    assert lab.jumps() == []
     shots = os.environ.get("SFT_EDU_SHOTS")
     if shots:
         lab.screenshots(Path(shots), lesson.stem)
