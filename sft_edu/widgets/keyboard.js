@@ -8,6 +8,8 @@
 //
 // A number typed after a slider counts on Enter alone, and one out of range is put back without a word. Here it also
 // counts when it is left, and this widget, otherwise invisible, says the range.
+//
+// The key End moves a slider to where its range ended when it was made; here, to where the range ends now.
 const GUARDED = "button, input, select, [tabindex], [contenteditable]";
 const ICONS = { "fa-play": "play or pause", "fa-stop": "stop, back to 0", "fa-retweet": "repeat" };
 
@@ -78,8 +80,15 @@ function render({ el }) {
     if (target.matches(".widget-readout") && handleOf(target)) typed = target;
   }
 
-  // Comes before ipywidgets reads the number.
-  function onKeydown({ key, target }) {
+  // Comes before ipywidgets reads the number, and before noUiSlider moves its handle.
+  function onKeydown(event) {
+    const { key, target } = event;
+    if (key === "End" && target.matches(".noUi-handle")) {
+      const { noUiSlider } = target.closest(".noUi-target");
+      event.preventDefault();
+      event.stopPropagation();
+      noUiSlider.set(noUiSlider.options.range.max);
+    }
     const confirmed = key === "Enter" && target.matches(".widget-readout") && handleOf(target);
     el.textContent = confirmed ? complaint(target) : "";
     el.hidden = !el.textContent;

@@ -123,6 +123,8 @@ KEYS = {
         ("button stop, back to 0", ["Space"], "accumulation.played", 0),
         ("button repeat", ["Enter"], "accumulation._controls['played_by_play'].repeat", True),
         ("textbox state", ["type sequences=8 G=4 played=4", "Enter"], "accumulation.played", 4),
+        ("textbox G", ["type 6", "Enter"], "accumulation.gradient_accumulation_steps", 6),
+        ("slider played", ["End"], "accumulation.played", 6),
         ("button reset", ["Enter"], "accumulation.played", 0),
     ],
     "optimizer": [
