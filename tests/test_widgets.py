@@ -452,10 +452,10 @@ def test_a_prediction_reveals_nothing_before_a_choice():
     find(prediction, ipywidgets.RadioButtons)[0].value = "1"
     assert not button.disabled
     button.click()
-    assert "Not 1. It is 2. It is even." in find(prediction, ipywidgets.HTML)[-1].value
+    assert "You said: 1. The answer is: 2. It is even." in find(prediction, ipywidgets.HTML)[-1].value
     prediction.choice = "2"
     assert find(prediction, ipywidgets.HTML)[-1].value == ""
-    assert prediction.reveal() == "Right. It is 2. It is even."
+    assert prediction.reveal() == "Right. The answer is: 2. It is even."
 
 
 def test_a_prediction_without_its_answer_is_refused():

@@ -29,13 +29,16 @@ class Prediction(ipywidgets.VBox):
         if answer not in options:
             raise ValueError(f"answer: got {answer!r}; expected one of {list(options)}")
         self.question, self.options, self.answer, self.because = question, list(options), answer, because
-        self._choice = ipywidgets.RadioButtons(options=self.options, value=None, layout={"width": "max-content"})
+        self._choice = ipywidgets.RadioButtons(
+            options=self.options, value=None, layout={"width": "max-content", "max_width": "100%"}
+        )
         self._button = ipywidgets.Button(description="reveal", disabled=True, tooltip="choose an answer first")
         self._verdict = ipywidgets.HTML()
         self._choice.observe(self._enable, "value")
         self._button.on_click(lambda _: self.reveal())
         title = ipywidgets.HTML(f"<b>Predict.</b> {escape(question)}")
         super().__init__([title, self._choice, self._button, self._verdict, KeyboardGuard()])
+        self.add_class("sft-edu-prediction")
 
     @property
     def choice(self) -> str | None:
@@ -50,8 +53,8 @@ class Prediction(ipywidgets.VBox):
         if self.choice is None:
             return "Choose an answer first."
         current().predicted(self.question, self.choice, right=self.choice == self.answer)
-        start = "Right." if self.choice == self.answer else f"Not {self.choice}."
-        verdict = f"{start} It is {self.answer}. {self.because}"
+        start = "Right." if self.choice == self.answer else f"You said: {self.choice}."
+        verdict = f"{start} The answer is: {self.answer}. {self.because}"
         self._verdict.value = f"<p>{escape(verdict)}</p>"
         return verdict
 

@@ -182,7 +182,17 @@ def test_a_prediction_reveals_its_answer_on_demand(lab: LabPage):
     lab.page.keyboard.press("Tab")
     expect(reveal).to_be_focused()
     lab.page.keyboard.press("Enter")
-    expect(output).to_contain_text("Not 1.4000. It is 0.7000.")
+    expect(output).to_contain_text("You said: 1.4000. The answer is: 0.7000.")
+    calm(lab)
+
+
+def test_an_option_longer_than_the_cell_breaks_into_lines_of_one_option(lab: LabPage):
+    output = opened(lab, "04_loss_scaling.ipynb", "the lone token weighs")
+    option = output.locator(".widget-radio-box label").nth(1)
+    line = option.bounding_box()["height"]
+    output.evaluate("output => { output.style.width = '240px' }")
+    assert line < option.bounding_box()["height"] < 2 * line
+    assert option.evaluate("option => option.scrollWidth <= option.closest('.widget-vbox').clientWidth")
     calm(lab)
 
 
