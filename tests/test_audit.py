@@ -31,7 +31,7 @@ from sft_edu.audit import report
 from sft_edu.audit.denominator import Point, product_text, recover
 from sft_edu.audit.probe import Probe
 from sft_edu.audit.probe_cases import SYMBOLS, Cases
-from sft_edu.audit.report import CONSEQUENCES, KNOWN, PROBLEMS
+from sft_edu.audit.report import CONSEQUENCES, KNOWN, PROBLEMS, consequence_of
 
 SEEDS, STEPS_PER_SEED = 200, 3
 
@@ -734,7 +734,18 @@ def test_details_and_dict_hold_every_problem_in_the_documented_order():
         assert list(audit.problems) == [code for code in PROBLEMS if code in audit.problems]
         assert tuple(audit.details) == audit.problems
         assert audit.as_dict()["problems"] == list(audit.problems)
-        assert audit.consequence == PROBLEMS[audit.problems[0]]
+        assert audit.consequence.splitlines()[0] == PROBLEMS[audit.problems[0]]
+
+
+@pytest.mark.parametrize("rule", CONSEQUENCES)
+def test_what_a_rule_does_is_said_beside_problems_that_leave_its_gradient(rule):
+    said = [
+        consequence_of(rule, problems, "") for problems in ((), ("loss-attached",), ("zeroes-grad", "loss-attached"))
+    ]
+    alone, beside, other = said
+    assert alone == CONSEQUENCES[rule]
+    assert beside.splitlines() == [PROBLEMS["loss-attached"], CONSEQUENCES[rule]]
+    assert other == PROBLEMS["zeroes-grad"]  # the gradient is no longer what the rule makes of it
 
 
 @pytest.mark.parametrize(

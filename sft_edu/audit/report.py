@@ -47,6 +47,9 @@ by hand cannot be told from one that only assigns. A step that lets autograd add
 sum, as clipping does, is `scales-grad`.
 """
 
+_GRADIENT_AS_THE_RULE_SAYS = frozenset({"loss-attached", "metadata-attached", "nan-on-empty-mask", "value-mismatch"})
+"""Problems that leave the gradient of the other microbatches what the rule makes of it."""
+
 NOT_MEASURED = "not measured"
 """What a formula begins with where there is none, because D could not be measured."""
 
@@ -108,7 +111,7 @@ class StepAudit:
             where they are counted in the place of B. Without its sign.
         problems: codes, in the order of `PROBLEMS`.
         details: for each code a sentence with what was measured.
-        consequence: what the first problem, or else the rule, does to training.
+        consequence: what the first problem does to training, and what the rule does, if the gradient is still its.
         calls: how often the step was called.
     """
 
@@ -144,9 +147,11 @@ class StepAudit:
         return "\n".join([self._title(), self._summary(), *lines, self.consequence])
 
     def _repr_html_(self) -> str:
-        title, summary, consequence = (html.escape(t) for t in (self._title(), self._summary(), self.consequence))
+        title, summary, *consequence = map(
+            html.escape, [self._title(), self._summary(), *self.consequence.splitlines()]
+        )
         rows = [(code, self.details[code]) for code in self.problems]
-        return f"<p><strong>{title}</strong><br>{summary}</p>{table_html(rows)}<p>{consequence}</p>"
+        return f"<p><strong>{title}</strong><br>{summary}</p>{table_html(rows)}<p>{'<br>'.join(consequence)}</p>"
 
     def _title(self) -> str:
         return f"{self.name}: {self.rule or 'no rule with a name'}, D = {self.formula}"
@@ -180,16 +185,17 @@ def rule_of(powers: Mapping[str, Fraction], factor: float) -> str | None:
 
 
 def consequence_of(rule: str | None, problems: tuple[str, ...], formula: str) -> str:
-    """One sentence: what the gravest problem, or else the rule, does to training."""
+    """What the gravest problem does to training; on a second line what the rule does, if the gradient is still its."""
     if problems[:1] == ("steps-ignored",) and formula == "c":
         return (
             "G microbatches accumulate G times too much, unless c is given as the response tokens of the whole "
             "minibatch: then this is token_mean."
         )
+    does = CONSEQUENCES.get(rule, "") if _GRADIENT_AS_THE_RULE_SAYS.issuperset(problems) else ""
     if problems:
-        return PROBLEMS[problems[0]]
-    if rule is not None:
-        return CONSEQUENCES[rule]
+        return "\n".join(filter(None, [PROBLEMS[problems[0]], does]))
+    if does:
+        return does
     if formula.startswith(NOT_MEASURED):
         return UNKNOWN
     if TRAINED_ROWS in formula:
