@@ -67,7 +67,7 @@ def accumulation_facts(lab) -> list[str]:
     counts = [int(part["response_mask"].sum()) for part in split_minibatch(batch, steps)]
     held = [held_bytes(split_minibatch(batch, parts)[0]) for parts in (steps, 1)]
     return [
-        f"Response tokens per microbatch: {' + '.join(map(str, counts))}.",
+        f"Response tokens per microbatch: {' + '.join(map(str, counts))}{f' = {sum(counts)}' * (steps > 1)}.",
         f"length {right.ratio:.4f}x, " + (f"cosine {right.cosine:.4f}" if lab.played else "no direction yet"),
         f"Held for backward: {held[0] / held[1]:.2f} of",
     ]

@@ -322,6 +322,33 @@ def test_the_accumulation_lab_keeps_its_settings_possible():
     assert {slider.max for slider in find(lab, ipywidgets.Play)} == {2}
 
 
+def test_the_accumulation_lab_shows_the_response_tokens_of_each_microbatch():
+    lab = AccumulationLab(8, 4)
+    for steps in (4, 1, 8):
+        lab.gradient_accumulation_steps = steps
+        assert f">{lab.numbers()[0]}<" in find(lab, ipywidgets.HTML)[1].value
+    counts, total = re.fullmatch(r"Response tokens per microbatch: (.+) = (\d+)\.", lab.numbers()[0]).groups()
+    assert sum(map(int, counts.split(" + "))) == int(total) == int(ragged_minibatch(8, 0.5)["response_mask"].sum())
+
+
+def test_what_is_played_to_its_end_stays_so_when_g_changes():
+    lab = AccumulationLab(8, 4, "notes", played=4)
+    steps = find(lab, ipywidgets.IntSlider)[1]
+    for steps.value in (5, 2, 8):
+        assert lab.played == steps.value
+        assert repr(lab) == repr(AccumulationLab(8, steps.value, "notes", played=steps.value))
+    lab.num_sequences = 32
+    lab.gradient_accumulation_steps = 32
+    lab.num_sequences = 9
+    assert (lab.gradient_accumulation_steps, lab.played) == (9, 9)
+    for text in ("G=5 played=4", "G=9 played=5", "G=8 played=0"):
+        lab.state = text
+        assert {*text.split()} < {*lab.state.split()}
+    lab.played = 3
+    lab.gradient_accumulation_steps = 4
+    assert lab.played == 3
+
+
 def test_the_accumulation_lab_opens_before_the_first_microbatch_and_its_axis_stays():
     lab = AccumulationLab(8, 4, "notes")
     bars = find(lab, Bars)[0]

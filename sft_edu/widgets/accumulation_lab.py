@@ -19,6 +19,9 @@ from sft_edu.widgets import experiments, state
 from sft_edu.widgets.bars import Bars
 from sft_edu.widgets.lab import Lab, between, labelled, one_of
 
+# For up to 32 numbers; nothing below them moves when there are more.
+_TWO_LINES = "min-height: 32px; margin: 0 1px; font-size: 12px; line-height: 16px; font-variant-numeric: tabular-nums"
+
 
 class AccumulationLab(Lab):
     """A minibatch of real sequences, split into G microbatches, on a tiny model in float64.
@@ -31,7 +34,8 @@ class AccumulationLab(Lab):
         gradient_accumulation_steps: G, 1 to 32; more than there are sequences count as that many.
         rule: one of `RULES`.
         imbalance: 0, all responses equally long, to 1, the longest about 16 times as long as the shortest.
-        played: how many microbatches have run; at most G.
+        played: how many microbatches have run; at most G. When all have run and G changes, all have run of the new G;
+            a state text that names both is taken as it is.
     """
 
     SETTINGS: ClassVar = {
@@ -112,10 +116,19 @@ class AccumulationLab(Lab):
         self._control("played_by_play", play)
         self._gradient = Bars(title="length of the gradient, full batch = 1", reference=1, reference_label="full batch")
         self._memory = Bars(title="memory held for backward, bytes")
-        return [self._gradient, self._memory]
+        self._tokens = ipywidgets.HTML()
+        return [self._tokens, self._gradient, self._memory]
 
     # The play button counts too; it is a second control for the same setting.
     played_by_play = property(lambda self: self.played, lambda self, value: setattr(self, "played", value))
+
+    def _changed(self, change) -> None:
+        with self._lock:
+            of_steps = change["name"] == "gradient_accumulation_steps" and not self._writing
+            if of_steps and self.played == change["old"]:
+                self.played = change["new"]  # which computes and draws both
+            else:
+                super()._changed(change)
 
     def _compute(self) -> None:
         self.gradient_accumulation_steps = min(self.gradient_accumulation_steps, self.num_sequences)
@@ -137,6 +150,7 @@ class AccumulationLab(Lab):
         self._bytes = [_held(self.num_sequences, self.imbalance, steps) for steps in (len(self._result.losses), 1)]
 
     def _show(self) -> None:
+        self._tokens.value = f'<p style="{_TWO_LINES}">{self._token_counts()}</p>'
         with self._gradient.hold_sync():
             # The end counts too, so that the axis stays while the microbatches play.
             self._gradient.limits = [0, max(1.5, self.ratio, self._finished.ratio)]
@@ -174,12 +188,16 @@ class AccumulationLab(Lab):
         )
 
     def numbers(self) -> list[str]:
-        tokens = " + ".join(str(count) for count in self._result.num_tokens.tolist())
         return [
-            f"Response tokens per microbatch: {tokens}.",
+            self._token_counts(),
             f"Against the full batch: length {self.ratio:.4f}x, {self._direction()}.",
             f"Held for backward: {self.microbatch_bytes / self.full_batch_bytes:.2f} of what the full batch holds.",
         ]
+
+    def _token_counts(self) -> str:
+        counts = self._result.num_tokens.tolist()
+        total = f" = {sum(counts)}" if len(counts) > 1 else ""
+        return f"Response tokens per microbatch: {' + '.join(map(str, counts))}{total}."
 
     def words(self) -> str:
         steps, error = self.gradient_accumulation_steps, self._finished.relative_error
