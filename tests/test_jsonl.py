@@ -82,7 +82,17 @@ def raw(prompt=b'"a"', response=b'"b"'):
 REFUSED = {
     "cut short": (b'{"prompt": "a", "respo', "", "no JSON (Unterminated string starting at column 17)"),
     "no comma": (b'{"prompt": "a" "response": "b"}', "", "no JSON (Expecting ',' delimiter at column 16)"),
-    "trailing comma": (b'{"prompt": "a",}', "", "no JSON ("),
+    "trailing comma": (b'{"prompt": "a",}', "", "no JSON (a comma too many at column 15); expected one whole"),
+    "trailing comma in a list": (b'{"x": [1 , ], "y": 2}', "", "no JSON (a comma too many at column 10)"),
+    "a comma after the object": (raw() + b",", "", "no JSON (a comma too many at column 33)"),
+    "cut short after a comma": (b'{"prompt": "a",', "", "no JSON (Expecting property name"),
+    "no text after a comma": (b'{"prompt": "a, ]" x}', "", "no JSON (Expecting ',' delimiter at column 19)"),
+    "a list over many lines": (
+        b"[",
+        "",
+        "no JSON (Expecting value at column 2); expected one whole JSON object on each line, not a list",
+    ),
+    "the end of such a list": (b" ]", "", "no JSON (Expecting value at column 2); expected one whole JSON object on"),
     "single quotes": (
         b"{'prompt': 'a'}",
         "",
@@ -112,10 +122,15 @@ REFUSED = {
     "other fields": (b'{"instruction": "a", "output": "b"}', "", "the fields 'instruction', 'output'; expected"),
     "hidden in names": (b'{"\\u001b[2J": 1, "\\ud800": 2}', "", r"the fields '\x1b[2J', '\ud800'; expected"),
     "many fields": (json.dumps(dict.fromkeys("abcdef")).encode(), "", "the fields 'a', 'b', 'c', 'd', 'e', ...; exp"),
-    "no response": (b'{"prompt": "a"}', "response", "no such field"),
-    "no prompt": (b'{"response": "b"}', "prompt", "no such field"),
-    "two answers": (b'{"prompt": "", "completion": "", "response": ""}', "completion", "it beside 'response'"),
-    "an answer beside messages": (b'{"messages": [], "completion": ""}', "messages", "it beside 'completion'"),
+    "no response": (b'{"prompt": "a"}', "response", "no such field, only 'prompt'; expected what the prompt"),
+    "a misspelt response": (
+        b'{"prompt": "a", "respones": "b"}',
+        "response",
+        "no such field, only 'prompt', 'respones'; expected what",
+    ),
+    "no prompt": (b'{"response": "b"}', "prompt", "no such field, only 'response'; expected what 'response' answers"),
+    "two answers": (b'{"prompt": "", "completion": "", "response": ""}', "completion", "both 'response' and 'co"),
+    "an answer beside messages": (b'{"messages": [], "completion": ""}', "messages", "both 'completion' and 'm"),
     "a field twice": (b'{"prompt": "a", "response": "b", "prompt": "c"}', "", "the field 'prompt' twice in one object"),
     "a null prompt": (raw(b"null"), "prompt", "null; expected text"),
     "a number as response": (raw(response=b"5"), "response", "a number; expected text"),
@@ -154,7 +169,8 @@ REFUSED = {
         "a first turn of the assistant with nothing before it",
     ),
     "a turn that is a text": ({"messages": [USER, "4"]}, "messages[1]", 'text; expected an object {"role", "content"}'),
-    "a turn of another form": ({"messages": [{"from": "human", "value": "a"}]}, "messages[0].role", "no such field"),
+    "a turn of another form": ({"messages": [{"from": "human", "value": "a"}]}, "messages[0].role", "no such field, o"),
+    "an empty turn object": ({"messages": [{}]}, "messages[0].role", "no such field; expected an object"),
     "a turn without content": ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content", "no such field"),
     "an unknown role": (
         messages(("user", "a"), ("tool", "b")),
@@ -198,6 +214,25 @@ def test_a_bad_line_is_named_with_its_field(write, line, field, found):
     assert (error.path, error.line, error.field) == (str(path), 3, field)
 
 
+def test_ten_bad_lines_are_named_at_once_and_no_more_is_read(write, monkeypatch):
+    bad = b'{"prompt": "", "response": "b"}\n'
+    path = write(GOOD + bad + GOOD + b"{\n")
+    with pytest.raises(JsonlError) as raised:
+        load_jsonl(path)
+    first, second = str(raised.value).splitlines()
+    assert first == f"{path}, line 2, prompt: got an empty text; expected text to read"
+    assert second.startswith(f"{path}, line 4: got no JSON (")
+    assert (raised.value.line, raised.value.field) == (2, "prompt")
+    path.write_bytes(bad * 10 + b"{\n" * 1000)
+    real = iter(range(10))
+    monkeypatch.setattr(jsonl, "_parse", lambda line, parse=jsonl._parse: (next(real), parse(line))[1])
+    with pytest.raises(JsonlError) as raised:
+        load_jsonl(path)
+    *lines, last = str(raised.value).splitlines()
+    assert [line.split(", ")[1] for line in lines] == [f"line {number}" for number in range(1, 11)]
+    assert last == f"{path}: nothing was read after the first 10 lines that cannot be used"
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"], ids=["nothing", "blank lines", "a mark"])
 def test_a_file_without_examples_is_refused(write, content):
     path = write(content)
@@ -223,7 +258,7 @@ def test_a_line_of_10_mb_loads_and_a_longer_one_is_refused_before_it_is_read(wri
         load_jsonl(path)
     path.write_bytes(b" " * 60_000_000)
     tracemalloc.start()
-    with pytest.raises(JsonlError, match="line 1: got more than"):
+    with pytest.raises(JsonlError, match=r"line 1: got more than [^\n]*$"):  # the rest of it is no line of its own
         load_jsonl(path)
     assert tracemalloc.get_traced_memory()[1] < 30_000_000
     tracemalloc.stop()
@@ -301,7 +336,8 @@ def load_or_refuse(path, content):
     assert error.startswith(str(path))
     assert ": got " in error
     assert "; expected " in error
-    assert error.isprintable()
+    assert all(line.isprintable() for line in error.splitlines())
+    assert len(error.splitlines()) <= jsonl.MOST_PROBLEMS + 1
     return []
 
 

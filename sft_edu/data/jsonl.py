@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,20 +24,31 @@ from sft_edu.data.examples import (
 MAX_LINE_BYTES = 10_000_000
 """A longer line is refused before it is read to its end. Reading a hostile one takes up to 30 times its size."""
 
+MOST_PROBLEMS = 10
+"""Bad lines that are named at once. After so many nothing more is read."""
+
 _FORMS = '{"prompt", "response"}, {"prompt", "completion"} or {"messages"}'
 _ANSWERS = ("response", "completion", "messages")
 _WHITE = b" \t\r\n"
 
 
 class JsonlError(ValueError):
-    """A file cannot be used. `path`, `line` (from 1, None for the whole file) and `field` say where; so does the text.
+    """A file cannot be used. The text has a line for each problem.
 
-    `field` is empty where the whole line is meant.
+    `path`, `line` (from 1, None for the whole file) and `field` (empty for the whole line) say where the first one is.
     """
 
-    def __init__(self, path: str, line: int | None, field: str, problem: str) -> None:
-        super().__init__(", ".join([path, *([f"line {line}"] if line else []), *([field] if field else [])]) + problem)
-        self.path, self.line, self.field = path, line, field
+    def __init__(self, path: str, problems: Sequence[tuple[int | None, str, str]]) -> None:
+        """Of problems as (line, field, what is wrong), at least one and at most `MOST_PROBLEMS`."""
+        lines = [f"{_place(path, line, field)}: {problem}" for line, field, problem in problems]
+        if len(problems) == MOST_PROBLEMS:
+            lines.append(f"{path}: nothing was read after the first {MOST_PROBLEMS} lines that cannot be used")
+        super().__init__("\n".join(lines))
+        self.path, (self.line, self.field, _) = path, problems[0]
+
+
+def _place(path: str, line: int | None, field: str) -> str:
+    return ", ".join([path, *([f"line {line}"] if line else []), *([field] if field else [])])
 
 
 def load_jsonl(path: str | os.PathLike[str]) -> list[Example | Conversation]:
@@ -55,30 +67,41 @@ def load_jsonl(path: str | os.PathLike[str]) -> list[Example | Conversation]:
     the `\r` of lines that end with `\r\n`. A line has at most `MAX_LINE_BYTES` bytes.
 
     Raises:
-        JsonlError: a line cannot be used or there is none. The text names file, line and field, what was found and
-            what is expected. It is the first such line.
+        JsonlError: lines cannot be used or there is none. The text names file, line and field, what was found and
+            what is expected, of the first `MOST_PROBLEMS` such lines.
         OSError: the file cannot be read. The text names it.
     """
-    examples = []
+    examples, problems = [], []
     with Path(path).open("rb") as file:
         for number, line in enumerate(_lines(file), start=1):
             try:
                 if _is_within_limit(line).strip(_WHITE):
                     examples.append(_example(_parse(line)))
             except FieldError as error:
-                raise JsonlError(str(path), number, error.field, f": {error}") from None
-    if not examples:
-        raise JsonlError(str(path), None, "", f": got a file without examples; expected lines like {_FORMS}")
+                problems.append((number, error.field, str(error)))
+                if len(problems) == MOST_PROBLEMS:
+                    break
+    if not examples and not problems:
+        problems = [(None, "", f"got a file without examples; expected lines like {_FORMS}")]
+    if problems:
+        raise JsonlError(str(path), problems)
     return examples
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    yield file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
-    yield from iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+    """Each line; the last one is the first that is too long, since what comes next would be the rest of it."""
+    line = file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+    while line:
+        yield line
+        line = b"" if _is_too_long(line) else file.readline(MAX_LINE_BYTES + 1)
+
+
+def _is_too_long(line: bytes) -> bool:
+    return len(line) > MAX_LINE_BYTES and not line.endswith(b"\n")
 
 
 def _is_within_limit(line: bytes) -> bytes:
-    if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+    if _is_too_long(line):
         raise FieldError("", f"more than {MAX_LINE_BYTES:,} bytes", "a shorter line")
     return line
 
@@ -95,10 +118,22 @@ def _parse(line: bytes) -> object:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        found = f"no JSON ({error.msg.removesuffix(' at')} at column {error.pos + 1})"
-        raise FieldError("", found, "one whole JSON object on each line") from None
+        comma = _comma_too_many(text, error)
+        found = f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
+        found = found if comma is None else f"a comma too many at column {comma + 1}"
+        is_list = text.lstrip().startswith(("[", "]"))
+        expected = "one whole JSON object on each line" + ", not a list" * is_list
+        raise FieldError("", f"no JSON ({found})", expected) from None
     except RecursionError:
         raise FieldError("", "lists or objects nested too deep to read", "a flat JSON object") from None
+
+
+def _comma_too_many(text: str, error: json.JSONDecodeError) -> int | None:
+    """Where the error is a comma before the end of an object or a list, or after the whole object."""
+    comma = text.rfind(",", 0, error.pos + 1)
+    after = text[comma + 1 :].lstrip()
+    is_last = after[:1] in ("}", "]") or (not after and error.msg == "Extra data")
+    return comma if comma >= 0 and is_last and not text[comma + 1 : error.pos].strip() else None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -125,15 +160,16 @@ def _example(fields: object) -> Example | Conversation:
         raise FieldError("", describe(fields), f"one JSON object on each line, like {_FORMS}")
     answers = [name for name in _ANSWERS if name in fields]
     if len(answers) > 1:
-        raise FieldError(answers[1], f"it beside {answers[0]!r}", "one of them")
+        raise FieldError(answers[1], f"both {answers[0]!r} and {answers[1]!r}", "one of the two")
     if not answers and "prompt" not in fields:
-        raise FieldError("", _names(list(fields)), f"the fields {_FORMS}")
+        found = f"the fields {_names(fields)}" if fields else "an object without fields"
+        raise FieldError("", found, f"the fields {_FORMS}")
     if not answers:
-        raise FieldError("response", "no such field", "what the prompt is to be answered with")
+        raise FieldError("response", _missing(fields), "what the prompt is to be answered with")
     if answers == ["messages"]:
         return _conversation({"messages": fields["messages"]}, num_given=0)
     if "prompt" not in fields:
-        raise FieldError("prompt", "no such field", f"what {answers[0]!r} answers")
+        raise FieldError("prompt", _missing(fields), f"what {answers[0]!r} answers")
     given = {name: fields[name] for name in ("prompt", *answers)}
     if any(isinstance(value, list) for value in given.values()):
         return _conversation(given, num_given=len(given["prompt"]) if isinstance(given["prompt"], list) else 0)
@@ -161,11 +197,15 @@ def _message(field: str, value: object) -> Message:
         raise FieldError(field, describe(value), 'an object {"role", "content"}')
     for name in Message._fields:
         if name not in value:
-            raise FieldError(f"{field}.{name}", "no such field", 'an object {"role", "content"}')
+            raise FieldError(f"{field}.{name}", _missing(value), 'an object {"role", "content"}')
     return Message(value["role"], value["content"])
 
 
-def _names(fields: Sequence[str]) -> str:
+def _missing(fields: Mapping[str, object]) -> str:
+    """That a field is not there, and what is: its name may be misspelt."""
+    return f"no such field, only {_names(fields)}" if fields else "no such field"
+
+
+def _names(fields: Mapping[str, object]) -> str:
     """The fields of an object: the first few of them, since there may be thousands."""
-    names = [short(name) for name in list(fields)[:5]]
-    return f"the fields {', '.join(names)}{', ...' * (len(fields) > 5)}" if names else "an object without fields"
+    return ", ".join(map(short, islice(fields, 5))) + ", ..." * (len(fields) > 5)
