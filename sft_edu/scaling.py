@@ -54,6 +54,11 @@ class Rule:
         return "·".join(symbol + "²" * (power == 2) for symbol, power in powers.items() if symbol != "1") or "1"
 
     @property
+    def after_slash(self) -> str:
+        """D as it is written after a `/`: `(c·G²)`, but `N`."""
+        return f"({self.formula})" if "·" in self.formula else self.formula
+
+    @property
     def needs_minibatch_tokens(self) -> bool:
         return "N" in (self.first, self.second)
 

@@ -171,7 +171,7 @@ def _formulas(trace: Trace) -> dict[str, str]:
         "masked_sum": f"Σ m·log p / c = {total} / {constant}",
         "loss": f"{first[0]} / {rule.first} = {first[1]} / {_number(counts[rule.first])}",
         "scaled_loss": f"L / {rule.second} = {loss} / {_number(counts[rule.second])}",
-        "backward": f"-m / ({rule.formula}) = -m / {_number(rule.denominator(counts))}",
+        "backward": f"-m / {rule.after_slash} = -m / {_number(rule.denominator(counts))}",
         "returned_loss": "ℓ without its graph",
     }
 

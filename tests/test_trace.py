@@ -66,7 +66,7 @@ def test_the_rows_follow_the_six_steps_of_the_notes():
         ("microbatch_mean", "-S / 1 = -(-1.1200) / 1", "L / G = 1.1200 / 3", "-m / (c·G) = -m / 7.5000"),
         ("sequence_mean", "-S / B = -(-1.1200) / 2", "L / G = 0.5600 / 3", "-m / (c·B·G) = -m / 15"),
         ("microbatch_token_mean", "-c·S / n = -(2.5000 · -1.1200) / 7", "L / G = 0.4000 / 3", "-m / (n·G) = -m / 21"),
-        ("token_mean", "-c·S / N = -(2.5000 · -1.1200) / 11", "L / 1 = 0.2545 / 1", "-m / (N) = -m / 11"),
+        ("token_mean", "-c·S / N = -(2.5000 · -1.1200) / 11", "L / 1 = 0.2545 / 1", "-m / N = -m / 11"),
     ],
 )
 def test_the_formulas_have_the_numbers_put_in(rule, loss, scaled_loss, backward):

@@ -145,7 +145,22 @@ def test_a_chosen_stage_shows_its_formula_and_its_gradient():
     chain.selected = "loss"
     assert chain.detail[1:] == ["-S / G = -(-2.8000) / 2", "its gradient, d scaled_loss / d loss: 0.5000"]
     chain.selected = "backward"
-    assert chain.detail[1] == "-m / (c·G²) = -m / 4"
+    assert chain.detail == [
+        "backward, in symbols ∂ℓ/∂log p",
+        "-m / (c·G²) = -m / 4",
+        "Gradient of token [0, 0], the one in focus:",
+        "-1 × mask × 1/G × 1/G × 1/c = -1 × 1 × 1/2 × 1/2 × 1/1 = -0.2500, and autograd gave the same",
+    ]
+
+
+def test_the_words_write_the_denominator_as_the_chain_does():
+    lab = StepLab(gradient_accumulation_steps=5, normalize_constant=0.5)
+    for rule, formula in {"notes": "(c·G²)", "token_mean": "N"}.items():
+        lab.rule = rule
+        backward = find(lab, StageChain)[0].stages[4]
+        number = backward["numeric"].removeprefix("-m / ")
+        assert backward["symbolic"] == f"-m / {formula}"
+        assert f"-1 / {formula}, where {formula.strip('()')} = {number}." in lab.words()
 
 
 def test_reset_brings_back_the_start():
@@ -154,9 +169,12 @@ def test_reset_brings_back_the_start():
     lab.gradient_accumulation_steps, lab.normalize_constant, lab.rule = 9, 4.0, "sequence_mean"
     lab.mask = 1 - MASK
     lab.log_probs = [[-1.0] * 4] * 2
+    find(lab, StageChain)[0].selected = "loss"
     assert repr(lab) != start
     next(button for button in find(lab, ipywidgets.Button) if button.description == "reset").click()
     assert repr(lab) == start
+    assert find(lab, StageChain)[0].selected == ""
+    assert find(lab, StageChain)[0].detail[0] == "Gradient of token [0, 0], the one in focus:"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,12 @@ class MicrobatchLab(Lab):
         self._first_mask, self._first_log_probs = as_matrix(mask.int()), as_matrix(log_probs.detach().float())
         super().__init__(mask=self._first_mask, log_probs=self._first_log_probs, **settings)
 
+    def reset(self) -> None:
+        """Back to the settings with which the lab was made, and no step is selected."""
+        with self._lock:
+            self._chain.selected = ""
+            super().reset()
+
     @property
     def num_tokens(self) -> int:
         """Ones in the mask."""
@@ -136,10 +142,13 @@ class MicrobatchLab(Lab):
             self._chain.detail = self._detail()
 
     def _detail(self) -> list[str]:
-        """The chosen stage in full or, without one, the gradient of the token in focus as a product."""
+        """The chosen stage in full and, without one or where it is `backward`, the gradient of the token in focus."""
+        token = [f"Gradient of token {list(self._token_mask.focused)}, the one in focus:", self._product()]
         chosen = {row.name: row for row in self._trace.rows()}.get(self._chain.selected)
         if chosen is None:
-            return [f"Gradient of token {list(self._token_mask.focused)}, the one in focus:", self._product()]
+            return token
+        if chosen.name == "backward":
+            return [f"{chosen.name}, in symbols {chosen.symbol}", chosen.formula, *token]
         lines = [f"{chosen.name}, in symbols {chosen.symbol}", chosen.formula]
         if chosen.gradient is not None:
             lines.append(f"its gradient, d scaled_loss / d {chosen.name}: {fixed(chosen.gradient.item())}")

@@ -58,12 +58,13 @@ export function stagesAhead({ log_probs: logProbs, mask, steps, constant, rule }
   const listed = perSequence.length <= LISTED ? perSequence.join(" + ") : `over ${perSequence.length} sequences`;
   const [c, S, L] = [constant, maskedSum, loss].map(compact);
   const [sum, put] = rule.uses_constant ? ["-S", `-(${S})`] : ["-c·S", `-(${c} · ${S})`];
+  const afterSlash = rule.formula.includes("·") ? `(${rule.formula})` : rule.formula;
   return {
     num_tokens: texts("Σ m", listed, compact(numTokens)),
     masked_sum: texts("Σ m·log p / c", `${compact(float(maskedSum * float(constant)))} / ${c}`, fixed(maskedSum)),
     loss: texts(`${sum} / ${rule.first}`, `${put} / ${compact(first)}`, fixed(loss)),
     scaled_loss: texts(`L / ${rule.second}`, `${L} / ${compact(second)}`, fixed(scaled)),
-    backward: texts(`-m / (${rule.formula})`, `-m / ${compact(denominator)}`, `${fixed(gradient)} or 0`),
+    backward: texts(`-m / ${afterSlash}`, `-m / ${compact(denominator)}`, `${fixed(gradient)} or 0`),
     returned_loss: texts("ℓ without its graph", "", fixed(scaled)),
   };
 }

@@ -9,7 +9,7 @@ import ipywidgets
 import torch
 import traitlets
 
-from sft_edu.digits import fixed
+from sft_edu.digits import compact, fixed
 from sft_edu.scaling import RULES
 from sft_edu.widgets import state
 from sft_edu.widgets.lab import between, labelled, one_of
@@ -138,6 +138,6 @@ class StepLab(MicrobatchLab):
             return "The mask is 0 everywhere: loss and gradient are exactly 0."
         words = (
             f"Each of the {self.num_tokens} response tokens gets the gradient {fixed(token_gradient(self._trace))} = "
-            f"-1 / ({rule.formula}), where {rule.formula} = {float(rule.denominator(counts)):g}."
+            f"-1 / {rule.after_slash}, where {rule.formula} = {compact(float(rule.denominator(counts)))}."
         )
         return words if self.num_tokens == self.gradient.numel() else f"{words} Every other token gets exactly 0."
