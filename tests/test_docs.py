@@ -146,7 +146,7 @@ TRIED = {
     "sft-edu lab": "test_lab_command.py::test_lessons_open_from_a_wheel_and_leave_other_settings_alone",
     "sft-edu train": "test_train_command.py::test_the_built_in_tasks_are_learned",
     "pip wheel --no-deps -w dist .": "test_lab_command.py::test_a_wheel_holds_all_that_the_repository_has",
-    'pip install "dist/sft_edu-0.1.0-py3-none-any.whl[lab]"': (
+    'pip install "sft_edu-0.1.0-py3-none-any.whl[lab]"': (
         "test_lab_command.py::test_lessons_open_from_a_wheel_and_leave_other_settings_alone"
     ),
 }

@@ -69,7 +69,7 @@ def test_what_was_edited_is_kept_and_the_rest_is_updated(course, mine):
     copy_lessons(mine)
     (mine / "notebooks/00.ipynb").write_text("my answers")
     (mine / "notebooks/note.ipynb").write_text("my own")
-    assert str(copy_lessons(mine)) == ""  # nothing new, so nothing is said or written
+    assert str(copy_lessons(mine)) == "Kept as you left them: 1."
     for version in (2, 3):
         for name in ("notebooks/00.ipynb", "notebooks/01.ipynb"):
             (course / name).write_text(f"{name}, version {version}")
@@ -77,11 +77,12 @@ def test_what_was_edited_is_kept_and_the_rest_is_updated(course, mine):
         beside = "notebooks/00_new.ipynb" if version == 2 else "notebooks/00_new_2.ipynb"
         assert copied.splitlines() == [
             "Updated, as you had not edited them: 1.",
-            f"notebooks/00.ipynb is kept as you left it; the new version is {beside}",
+            "Kept as you left them: 1.",
+            f"The new version of notebooks/00.ipynb is {beside}",
         ]
         assert contents(mine)[beside] == f"notebooks/00.ipynb, version {version}"
         assert contents(mine)["notebooks/01.ipynb"] == f"notebooks/01.ipynb, version {version}"
-        assert str(copy_lessons(mine)) == ""
+        assert str(copy_lessons(mine)) == "Kept as you left them: 1."
     assert contents(mine)["notebooks/00.ipynb"] == "my answers"
     assert contents(mine)["notebooks/note.ipynb"] == "my own"
 

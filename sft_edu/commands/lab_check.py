@@ -152,5 +152,5 @@ def _browser() -> Finding:
 
 def _node() -> Finding:
     if shutil.which("node"):
-        return Finding("node", "there")
+        return Finding("node", "there, for the tests of the pages' own logic")
     return Finding("node", "missing", "Only the tests of the pages' own logic need it.", needed=False)

@@ -25,18 +25,21 @@ class Copied:
     Attributes:
         new: were not there.
         updated: were there as we had copied them, in another version.
-        kept: edited by the learner -> the name under which the new version lies beside it.
+        edited: by the learner, and left alone.
+        kept: those of them of which there is a new version -> the name under which that lies beside it.
     """
 
     new: list[str] = field(default_factory=list)
     updated: list[str] = field(default_factory=list)
+    edited: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """A line for each thing that a learner would want to know; empty if nothing was written."""
+        """A line for each thing that a learner would want to know; empty in a folder that is as it was copied."""
         lines = [f"New files: {len(self.new)}."] if self.new else []
         lines += [f"Updated, as you had not edited them: {len(self.updated)}."] if self.updated else []
-        lines += [f"{name} is kept as you left it; the new version is {other}" for name, other in self.kept.items()]
+        lines += [f"Kept as you left them: {len(self.edited)}."] if self.edited else []
+        lines += [f"The new version of {name} is {other}" for name, other in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -89,10 +92,12 @@ def _bring(folder: Path, name: str, content: bytes, known: dict[str, str], copie
     elif there == known.get(name):
         _replace(target, content)
         copied.updated.append(name)
-    elif digest != known.get(name):  # an edited file, and a version that was not offered yet
-        beside = _name_beside(target, digest)
-        _replace(beside, content)
-        copied.kept[name] = beside.relative_to(folder).as_posix()
+    else:
+        copied.edited.append(name)
+        if digest != known.get(name):  # a version that was not offered yet
+            beside = _name_beside(target, digest)
+            _replace(beside, content)
+            copied.kept[name] = beside.relative_to(folder).as_posix()
     known[name] = digest
 
 

@@ -32,6 +32,20 @@ def test_lesson_runs_in_lab(lab: LabPage, lesson: Path):
     lab.close()
 
 
+def test_a_saved_lesson_opens_with_its_texts_and_not_with_dead_widgets(lab: LabPage):
+    lab.open("00_start_here.ipynb")
+    lab.run_all()
+    lab.command("docmanager:save")
+    lab.close()
+    lab.open("00_start_here.ipynb")
+    lab.page.wait_for_timeout(1000)  # a dead widget is given up after a while
+    assert lab.errors() == []
+    shown = lab.page.locator(".jp-Notebook").first.inner_text()
+    assert "Predict. The masked sum is -2.8 and G is 2." in shown
+    assert lab.page.locator(".jp-OutputArea img").count() == 1  # the step in one picture
+    lab.close()
+
+
 BROKEN = {
     "Error: boom": """
 import anywidget
