@@ -10,8 +10,10 @@ from pathlib import Path
 import nbformat
 
 TAG = "colab"
+# JupyterLab shows the first line of a hidden cell, and a longer one makes a narrow page scroll sideways.
 SOURCE = """\
-# Google Colab has no sft_edu: there, this cell installs it. Anywhere else it does nothing.
+# In Google Colab this cell installs sft_edu.
+# Anywhere else it does nothing.
 import sys
 
 if "google.colab" in sys.modules:
@@ -23,7 +25,9 @@ if "google.colab" in sys.modules:
 
 
 def add(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Insert the cell, in place, below the opening text; or renew it where it is."""
+    """Insert the cell, in place, below the opening text; or renew it where it is. Without code, nothing needs it."""
+    if not any(cell.cell_type == "code" for cell in notebook.cells):
+        return notebook
     old = next((cell for cell in notebook.cells if TAG in cell.metadata.get("tags", [])), None)
     if old is not None:
         old.source = SOURCE

@@ -138,8 +138,8 @@ def test_says_what_the_start_page_shows(path: Path):
 
 @every_notebook
 def test_the_first_code_cell_is_for_colab(path: Path):
+    assert add(read(path)) == read(path), "python tools/colab_cell.py adds it"
     if cells := code_cells(path):
-        assert add(read(path)) == read(path), "python tools/colab_cell.py adds it"
         assert cells[0].source == SOURCE
         assert cells[0].outputs == []
 
@@ -156,6 +156,12 @@ def test_the_cell_for_colab_installs_there_and_does_nothing_elsewhere(monkeypatc
         monkeypatch.setitem(sys.modules, name, module)
     exec(SOURCE, dict(given))
     assert done == [("pip", "install --quiet 'sft-edu[lab] @ git+https://example.org/fork'"), "widgets"]
+
+
+def test_what_is_seen_of_the_hidden_cell_fits_a_narrow_page():
+    comments = [line for line in SOURCE.splitlines() if line.startswith("#")]
+    assert SOURCE.startswith(comments[0])
+    assert max(map(len, comments)) <= 50
 
 
 def test_the_cell_for_colab_moves_the_counts_below_it():
