@@ -671,6 +671,27 @@ def returns_the_loss_with_its_graph(log_probs, mask, steps, constant=1.0):
     return loss, {"tokens": mask.sum()}
 
 
+@wild("notes", "c·G²", "metadata-attached")
+def keeps_the_loss_beside_a_detached_one(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    loss.backward()
+    return loss.detach(), {"loss": loss}
+
+
+@wild("notes", "c·G²", "metadata-attached")
+def keeps_the_loss_beside_a_number(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    loss.backward()
+    return loss.item(), {"loss": loss}
+
+
+@wild("notes", "c·G²", "loss-attached", "metadata-attached")
+def keeps_the_loss_twice(log_probs, mask, steps, constant=1.0):
+    loss = -(log_probs * mask).sum() / constant / steps**2
+    loss.backward()
+    return loss, {"loss": loss}
+
+
 @wild("sequence_mean", "c·B·G", "metadata-attached")
 def keeps_the_masked_sum(log_probs, mask, steps, constant=1.0):
     masked_sum = (log_probs * mask).sum(1) / constant

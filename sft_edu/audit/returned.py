@@ -17,10 +17,14 @@ from sft_edu.audit.words import printable
 _MOST = 1000  # containers, and values in each, that are looked at; one may contain itself
 _OPAQUE = (type, ModuleType, FunctionType, nn.Module, nn.Parameter, torch.optim.Optimizer)
 """Not looked into: a model's parameters require grad, and hold no graph."""
+_LOSS_ELSEWHERE = 'metadata["loss"]'
 
 
 class Returned(NamedTuple):
-    """The loss as a number, None if it is none; what came back, in words; the places of tensors with a graph."""
+    """The loss as a number, None if it is none; what came back, in words; the places of tensors with a graph.
+
+    Of these, "loss" is the one that was returned as the loss, or if there was none, the one of that name.
+    """
 
     loss: float | None
     returned: str
@@ -82,7 +86,8 @@ def _attached_in(loss: object, rest: object) -> tuple[str, ...]:
     """
     found = ["loss"] if _has_graph(loss) else []
     with _suppressed():  # what was found before counts
-        found += map(printable, _attached(rest, "", set()))
+        for place in map(printable, _attached(rest, "", set())):
+            found.append(_LOSS_ELSEWHERE if place == "loss" and loss is not None else place)
     return tuple(dict.fromkeys(found))
 
 
