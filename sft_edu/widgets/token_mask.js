@@ -105,7 +105,7 @@ function render({ model, el }) {
       drawLabel(index);
     }
     const ones = painter.mask.reduce((sum, state) => sum + state, 0);
-    count.textContent = `mask 1: ${ones} of ${countTokens(chips.length)}`;
+    count.textContent = `mask = 1: ${ones} of ${countTokens(chips.length)}`;
     drawReadout();
   }
 
@@ -160,10 +160,15 @@ function render({ model, el }) {
     const content = [...present, name].join();
     if (content === explained) return;
     explained = content;
-    const sample = (role, state, text) => {
+    // Where values shade the grid, only padding has its own colour there, and so here.
+    const sample = (role, state, text, value = name && role !== "padding" ? 0 : null) => {
       const chip = makeText("span", "sft-edu-chip sft-edu-chip-sample", text);
       chip.dataset.role = role;
       chip.dataset.state = state;
+      if (value !== null) {
+        chip.dataset.shade = "value";
+        tint(chip, gradientColour(value));
+      }
       return chip;
     };
     const entry = (samples, text) => {
@@ -175,13 +180,8 @@ function render({ model, el }) {
       entry([sample(role, 0, role === "padding" ? "·" : role === "eos" ? "eos" : "a")], role),
     );
     if (name) {
-      const shades = [[-0.1, "−"], [0, "0"], [0.1, "+"]].map(([value, sign]) => {
-        const chip = sample("prompt", 0, sign);
-        chip.dataset.shade = "value";
-        tint(chip, gradientColour(value));
-        return chip;
-      });
-      entries.push(entry(shades, name));
+      const shades = [[-0.1, "−"], [0, "0"], [0.1, "+"]];
+      entries.push(entry(shades.map(([value, sign]) => sample("prompt", 0, sign, value)), name));
     }
     entries.push(entry([sample("prompt", 1, "a")], count)); // last, or others would move as it grows a digit
     legend.replaceChildren(...entries);

@@ -85,7 +85,7 @@ def test_the_sign_and_size_of_a_shade_are_told_in_words(labs: Labs, name: str):
         shown = output.locator(".sft-edu-mask-readout")
         expect(shown).to_contain_text(f"gradient {gradient:.4f}" if gradient else "gradient 0")
     legend = output.locator(".sft-edu-mask-legend")
-    for word in ("prompt", "response", "gradient", "mask 1:"):
+    for word in ("prompt", "response", "gradient", "mask = 1:"):
         expect(legend).to_contain_text(word)
 
 

@@ -170,7 +170,7 @@ def test_a_click_flips(desk: Desk):
     desk.chips().nth(3).click()
     desk.settle(with_ones(3))
     expect(desk.said()).to_have_text("1 token set to 1")
-    expect(desk.masks[0].locator(".sft-edu-mask-count")).to_have_text("mask 1: 8 of 42 tokens")
+    expect(desk.masks[0].locator(".sft-edu-mask-count")).to_have_text("mask = 1: 8 of 42 tokens")
     desk.chips().nth(3).click()
     desk.settle(START)
 
@@ -415,6 +415,30 @@ def test_hostile_text_is_shown_as_text(desk: Desk):
         assert box["x"] <= chip["x"] <= chip["x"] + chip["width"] <= box["x"] + box["width"]
     desk.chips(3).nth(1).click()
     desk.settle("01" + "0" * 498, "hostile", n=3)
+
+
+def test_the_legend_shows_each_role_as_it_looks_in_the_grid(desk: Desk):
+    desk.ask("w.mask = [[0] * 21] * 2")
+    for values, shade in (("[[0.0] * 21] * 2", "value"), ("()", None)):
+        desk.ask(f"w.values = {values}")
+        expect(desk.masks[0].locator(f"button[data-shade={shade}]")).to_have_count(27 if shade else 0)
+        looks = desk.masks[0].evaluate(ROLE_LOOKS)
+        assert [sample for sample, _ in looks] == [chip for _, chip in looks]
+        assert len({sample for sample, _ in looks}) == 4
+    desk.ask("w.values = values")
+
+
+# Of each role, how its sample in the legend looks, and how its first token.
+ROLE_LOOKS = """root => {
+  const look = (chip) => {
+    const [box, mark] = [getComputedStyle(chip), getComputedStyle(chip, "::after")];
+    return [box.backgroundColor, box.color, box.borderTop, parseFloat(box.borderTopLeftRadius) > 9, box.boxShadow,
+            mark.content, mark.borderBottom].join("; ");
+  };
+  return ["prompt", "response", "eos", "padding"].map((role) =>
+    [".sft-edu-mask-legend", ".sft-edu-mask-grid"].map((part) =>
+      look(root.querySelector(`${part} [data-role=${role}]`))));
+}"""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
