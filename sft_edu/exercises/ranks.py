@@ -164,6 +164,10 @@ def _problem(weights: Sequence[torch.Tensor]) -> tuple[str, str] | None:
         ("not-divided", f"The sum is multiplied by W, and not divided by tokens. {whole}.", [float(world)] * world),
         ("not-divided", f"The sum is divided by W alone. {whole}.", [1 / world] * world),
     ]
+    mean = f".mean() divides by a count of its own: of the positions, or of the tokens it is given. Sum. {whole}."
+    by_positions = [mask.numel() for mask in masks]
+    factors += [("mean", mean, [f / n for n in by_positions]) for f in (1.0, world, 1 / total, world / total)]
+    factors += [("mean", mean, [f / n for n in own]) for f in (1 / total, world / total)]
     for code, hint, values in factors:
         if all(close(found, -mask * v) for found, mask, v in zip(weights, masks, values, strict=True)):
             return code, hint
