@@ -45,9 +45,10 @@ def test_what_it_shows_is_what_the_simulator_computes(world_size, sequences, ske
         return compare(deal(sums, world, name).gradient, single).relative_error
 
     every, followed = find(lab, Bars)
-    assert [row["label"] for row in every.rows] == list(RANK_DENOMINATORS)
-    for row in every.rows:
-        assert row["value"] == pytest.approx(error(world_size, row["label"]), abs=1e-12)
+    names = [row["label"].removesuffix(", followed below") for row in every.rows]
+    assert names == list(RANK_DENOMINATORS)
+    for name, row in zip(names, every.rows, strict=True):
+        assert row["value"] == pytest.approx(error(world_size, name), abs=1e-12)
         assert row["text"] == f"{row['value']:.4f}"
     worlds = sorted({1, 2, 4, 8, 16, 32, 64, world_size})
     assert [row["label"] for row in followed.rows] == [f"W = {world}" for world in worlds]
@@ -120,10 +121,11 @@ def test_the_words_say_what_the_bars_show(settings, words):
     assert words in RanksLab(*settings).words()
 
 
-def test_the_chosen_number_of_ranks_stands_out():
-    _, followed = find(RanksLab(8), Bars)
-    assert [row["colour"] for row in followed.rows if row["note"]] == ["microbatch_token_mean"]
-    assert {row["colour"] for row in followed.rows if not row["note"]} == {"neutral"}
+def test_what_is_followed_has_the_same_colour_in_both_pictures_and_no_other():
+    every, followed = find(RanksLab(8, denominator="global"), Bars)
+    stands_out = [row["label"] for row in (*every.rows, *followed.rows) if row["colour"] == "gradient"]
+    assert stands_out == ["global, followed below", "W = 8"]
+    assert {row["colour"] for row in (*every.rows, *followed.rows)} == {"gradient", "neutral"}
 
 
 def test_the_picture_has_the_same_bars(tmp_path):

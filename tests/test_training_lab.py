@@ -149,7 +149,7 @@ def test_time_is_on_the_screen_alone(make, monkeypatch):
         (0.05, "hardly any is right"),
         (0.4, "less than half are right"),
         (0.98, "more than half are right, but not 99 %"),
-        (0.99, "at least 99 % are right"),
+        (1.0, "all are right"),
     ],
 )
 def test_the_words_are_verdicts(make, share, words):

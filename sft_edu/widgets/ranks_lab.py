@@ -21,8 +21,7 @@ _MOST = 64
 _TITLE = "how far the ranks' average is off, gradient of a single process = 1"
 _COLUMNS = ("denominator", "D", "off by", "length", "cosine")
 _ROUNDING = 1e-12
-# Of the mistake that each is: a mean of means, a division too many, and the right one.
-_COLOURS = {"local": "microbatch_token_mean", "local_times_world": "neutral", "global": "notes"}
+_FOLLOWED, _OTHER = "gradient", "neutral"  # colours: the same denominator in both panels, and all others
 
 
 class RanksLab(Lab):
@@ -118,7 +117,7 @@ class RanksLab(Lab):
             _row(
                 f"{name}, followed below" if name == self.denominator else name,
                 found,
-                _colour(name),
+                _FOLLOWED if name == self.denominator else _OTHER,
                 f"D = {RANK_DENOMINATORS[name].formula}, length {found.ratio:.4f}x, cosine {found.cosine:.4f}",
             )
             for name, found in self._compared.items()
@@ -126,9 +125,9 @@ class RanksLab(Lab):
 
     def _rows_by_world(self) -> list[dict]:
         return [
-            _row(f"W = {world}", found, _colour(self.denominator), "this one")
+            _row(f"W = {world}", found, _FOLLOWED, "this one")
             if world == self.world_size
-            else _row(f"W = {world}", found, "neutral", "")
+            else _row(f"W = {world}", found, _OTHER, "")
             for world, found in self._by_world.items()
         ]
 
@@ -178,10 +177,6 @@ class RanksLab(Lab):
 def _row(label: str, found: Comparison, colour: str, note: str) -> dict:
     error = found.relative_error if found.relative_error > _ROUNDING else 0.0
     return {"label": label, "value": error, "text": _off(found), "colour": colour, "note": note}
-
-
-def _colour(denominator: str) -> str:
-    return _COLOURS.get(denominator, "token_mean")
 
 
 def _off(found: Comparison) -> str:

@@ -28,7 +28,7 @@ def panels(run: TrainingRun, before: TrainingRun | None, asked: str) -> list[dic
     low, high = math.floor(math.log10(min(norms, default=1))), math.ceil(math.log10(max(norms, default=1)))
     return [
         {
-            "title": "NLL per token",
+            "title": "NLL per token, nats",
             "text": fixed(record.nll) if record else "",
             "limits": [0, max(6, math.ceil(max(nlls)))],
             "log": False,
@@ -124,7 +124,7 @@ def verdicts(run: TrainingRun, asked: str) -> str:
 def _right(run: TrainingRun) -> str:
     share = run.looks[-1].scores.exact_match
     if share >= 0.99:
-        return "at least 99 % are right"
+        return "all are right" if run.num_asked < 100 else "at least 99 % are right"
     return next((words for limit, words in _SHARE if share <= limit), "more than half are right, but not 99 %")
 
 

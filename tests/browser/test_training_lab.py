@@ -169,7 +169,7 @@ def test_a_changed_knob_begins_again_and_leaves_a_dotted_line(notebook: LabPage,
     await_step(output, 2)
     dots = output.locator(".sft-edu-curves-drawing [data-look=before]").first
     assert dots.evaluate("line => getComputedStyle(line).strokeDasharray") != "none"
-    panel = output.get_by_role("img", name=re.compile("^NLL per token: .*; training; held out; run before$"))
+    panel = output.get_by_role("img", name=re.compile("^NLL per token, nats: .*; training; held out; run before$"))
     expect(panel).to_be_visible()
 
 
