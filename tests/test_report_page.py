@@ -1,5 +1,6 @@
 """The report: one file, nothing to fetch, and whatever texts hold, they are shown as text."""
 
+import base64
 import math
 import random
 import re
@@ -66,7 +67,7 @@ def hostile_texts(count: int) -> list[str]:
 
 def test_hostile_texts_are_shown_as_text(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        sft_edu.commands.report_page, "_svg", lambda lines, dark: "data:"
+        sft_edu.commands.report_page, "_svg", lambda lines, **look: "data:"
     )  # shows no texts, and takes time
     plain = Elements(report_page("run", ["words"], [line(1), line(2)], {"data": "d"}))
     allowed = set(plain.tags)
@@ -93,6 +94,18 @@ def test_nothing_is_fetched():
     )
     assert "default-src 'none'" in page
     assert "<script" not in page
+
+
+def test_a_narrow_page_has_its_panels_in_one_column():
+    page = report_page("run", [], [line(1), line(2)], {})
+    sources = re.findall(r'<source media="(.*?)" srcset="data:image/svg\+xml;base64,(.*?)">', page)
+    widths = {
+        media: float(re.search(r'<svg [^>]*width="([\d.]+)pt"', base64.b64decode(svg).decode())[1])
+        for media, svg in sources
+    }
+    narrow, dark = "(max-width: 700px)", "(prefers-color-scheme: dark)"
+    assert list(widths) == [f"{narrow} and {dark}", narrow, dark]  # a browser takes the first that fits
+    assert widths[f"{narrow} and {dark}"] == widths[narrow] == widths[dark] / 2
 
 
 def test_equal_runs_have_equal_pages():

@@ -61,6 +61,22 @@ def test_lines_are_told_apart_without_colour():
     assert [one.get_linestyle() for one in gradient.lines] == ["-", "--"]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40, 1000])
+def test_steps_are_counted_in_integers(count: int):
+    for axes in run_figure(lines(count)).axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == int(tick) for tick in ticks)
+
+
+def test_panels_are_as_large_in_one_column_as_in_two():
+    two, one = run_figure(lines(5)), run_figure(lines(5), columns=1)
+    assert one.get_size_inches().tolist() == [two.get_size_inches()[0] / 2, two.get_size_inches()[1] * 2]
+    assert len({axes.get_subplotspec().colspan.start for axes in one.axes}) == 1
+    assert drawn(one) == drawn(two)
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_one_step_is_a_dot_and_both_themes_draw(dark: bool):
     figure = run_figure(lines(1), dark=dark)

@@ -28,16 +28,24 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --ink: #1b1f24; --faint: #5d646d; --line: #c9ced6; --paper: #fff; --wrong: #9a3412;
-  --right: #14652f; }}
+  --right: #14652f; --shade: #0004; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e8eb; --faint: #a9b1ba; --line: #4a515a; --paper: #16191d;
-  --wrong: #fdb863; --right: #7fd89a; }} }}
+  --wrong: #fdb863; --right: #7fd89a; --shade: #fff5; }} }}
 body {{ margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, sans-serif; }}
 h1 {{ font-size: 1.5rem; margin-bottom: .3rem; }}
 h2 {{ font-size: 1.1rem; margin-top: 2.2rem; }}
 p {{ margin: .3rem 0; }}
 img {{ width: 100%; height: auto; }}
-.scroll {{ overflow-x: auto; }}
+.scroll {{ overflow-x: auto; box-sizing: border-box; width: fit-content; max-width: 100%; padding: 0 .8rem;
+  border: 1px solid var(--line); border-radius: 4px; scrollbar-width: thin; scrollbar-color: var(--faint) transparent;
+  /* A shadow at each end that hides something. */
+  background: linear-gradient(to right, var(--paper) 60%, transparent) left / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 60%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat scroll; }}
+tr:last-child > * {{ border-bottom: 0; }}
+tr > :last-child {{ padding-right: 0; }}
 table {{ border-collapse: collapse; font-size: .875rem; }}
 th, td {{ border-bottom: 1px solid var(--line); padding: .3rem 1.2rem .3rem 0; text-align: left; vertical-align: top; }}
 th {{ font-weight: 600; }}
@@ -98,18 +106,26 @@ def in_words(lines: Sequence[Line]) -> str:
 
 
 def _curves(lines: Sequence[Line]) -> str:
-    light, dark = (_svg(lines, dark=dark) for dark in (False, True))
+    narrow, dark = "(max-width: 700px)", "(prefers-color-scheme: dark)"
+    sources = (
+        f'<source media="{media}" srcset="{_svg(lines, **look)}">'
+        for media, look in (
+            (f"{narrow} and {dark}", {"dark": True, "columns": 1}),
+            (narrow, {"dark": False, "columns": 1}),
+            (dark, {"dark": True, "columns": 2}),
+        )
+    )
     words = as_text(in_words(lines))
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" alt="{words}">'
+        f'<picture>{"".join(sources)}<img src="{_svg(lines, dark=False, columns=2)}" alt="{words}">'
         f'</picture>\n<p class="note">{words}</p>'
     )
 
 
-def _svg(lines: Sequence[Line], *, dark: bool) -> str:
+def _svg(lines: Sequence[Line], *, dark: bool, columns: int) -> str:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "sft_edu"}):  # equal runs, equal pages
-        run_figure(lines, dark=dark).savefig(buffer, format="svg", metadata={"Date": None})
+        run_figure(lines, dark=dark, columns=columns).savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sft_edu.plots import FAINT, INK, LINE
 
@@ -17,17 +17,19 @@ _STEEP = 20  # the largest value over the smallest, from which on an axis is log
 Lines = Sequence[Mapping[str, object]]
 
 
-def run_figure(lines: Lines, *, dark: bool = False) -> Figure:
+def run_figure(lines: Lines, *, dark: bool = False, columns: int = 2) -> Figure:
     """What each optimizer step of a run measured, in four panels; those of held-out examples have dots.
 
     Args:
         lines: of `metrics.jsonl`.
         dark: for a dark page. The background is transparent either way.
+        columns: of panels: 2, or 1 for a narrow page.
     """
     look = _DARK if dark else _LIGHT
-    figure = Figure(figsize=(9.6, 5.6), facecolor="none", layout="constrained")
+    rows = 4 // columns
+    figure = Figure(figsize=(4.8 * columns, 2.8 * rows), facecolor="none", layout="constrained")
     figure.get_layout_engine().set(hspace=0.09, wspace=0.05)
-    loss, answers, gradient, rate = figure.subplots(2, 2).flat
+    loss, answers, gradient, rate = figure.subplots(rows, columns).flat
     _draw(loss, "NLL per response token, nats", lines, {"nll": "training", "held_out_nll": "held out"}, look)
     if any("held_out_exact_match" in line for line in lines):
         _draw(answers, "held-out answers that are right", lines, {"held_out_exact_match": ""}, look)
@@ -58,6 +60,7 @@ def _draw(axes: Axes, title: str, lines: Lines, columns: Mapping[str, str], look
     axes.set_yscale("log" if is_log else "linear")
     axes.set_title(title + ", logarithmic" * bool(is_log), loc="left", fontsize=10, color=look["ink"])
     axes.set_xlabel("optimizer step", fontsize=8.5, color=look["faint"])
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.set_facecolor("none")
     axes.tick_params(labelsize=8.5, labelcolor=look["faint"], color=look["line"], which="both")
     axes.grid(color=look["line"], linewidth=0.5, alpha=0.6)
