@@ -5,6 +5,7 @@ import re
 
 import pytest
 from test_encode import CHATML, hugging_face
+from test_scaling import FORMULAS
 
 from sft_edu.commands.dry_run import describe_run, show_mask
 from sft_edu.commands.prepare_run import prepare_run
@@ -52,26 +53,20 @@ def test_the_arithmetic_is_that_of_the_run(tmp_path, rule: str):
     path = tmp_path / "mine.jsonl"
     examples = [{"prompt": f"{number} + 1 =", "response": f"{number + 1}"} for number in range(50)]
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
-    settings = RunSettings(data=str(path), rule=rule, microbatch_size=4, gradient_accumulation_steps=3, num_epochs=2)
-    run = prepare_run(settings, "cpu")
+    plan = {"microbatch_size": 3, "gradient_accumulation_steps": 4, "normalize_constant": 2.5}  # those of FORMULAS
+    run = prepare_run(RunSettings(data=str(path), rule=rule, num_epochs=2, **plan), "cpu")
     text = describe_run(run)
     training = run.training
     first = training.minibatch()
-    assert text.count("⟦") == 4 + 1
+    assert text.count("⟦") == 3 + 1
     assert "45 to train on, 5 held out" in text
-    assert "4 sequences x 3 microbatches = 12 sequences" in text
+    assert "3 sequences x 4 microbatches = 12 sequences" in text
     assert "45 sequences / 12 = 4 optimizer steps, the last with 9 in 3 microbatches" in text
     assert "4 x 2 epochs = 8 steps" in text
-    assert "learning rate up to 0.003 after 0, then down towards 0.00015" in text
+    assert "learning rate up to 0.003 after 0 warm-up steps, then down towards 0.00015" in text
     inside = [sum(sum(sequence.is_response) for sequence in microbatch) for microbatch in first]
-    denominators = {
-        "notes": 9,
-        "microbatch_mean": 3,
-        "sequence_mean": 12,
-        "microbatch_token_mean": 3 * inside[0],
-        "token_mean": sum(inside),
-    }
-    assert f"{rule}, D = {RULES[rule].formula}; in the first microbatch D = {denominators[rule]}\n" in text
+    formula, denominator = FORMULAS[rule]
+    assert f"{rule}, D = {formula}; in the first microbatch D = {denominator(inside[0], sum(inside)):g}\n" in text
     assert f"the first has {sum(inside):,} response tokens" in text
     labels, response, prompt, padding = map(
         int, re.search(r"= (\d+): (\d+) response, (\d+) prompt, (\d+) pad", text).groups()

@@ -112,7 +112,9 @@ def test_the_whole_command(folder: Path):
     assert re.findall(r"^step +(\d+) of 10 ", out, re.MULTILINE) == ["1", "4", "8", "10"]
     assert "response tokens/s" in out
     assert "Finished after optimizer step 10 of 10." in out
-    assert re.search(r"^40 examples, .*\.\n36 to train on, 4 held out\.$", out, re.MULTILINE)
+    assert re.search(
+        r"^40 examples, .*\.\n36 to train on, 4 held out \(--held-out changes that\)\.$", out, re.MULTILINE
+    )
     assert load_checkpoint(folder / "my run" / CHECKPOINTS)["step"] == 10
     model = load_tiny_model(folder / "my run" / "model.pt")
     settings = json.loads((folder / "my run" / SETTINGS).read_text())
@@ -207,6 +209,16 @@ def test_what_was_cut_is_told(folder: Path, capsys):
     assert status == 0
     assert "Cut to 6 tokens: 40 examples" in out
     assert "Cut to 6 tokens: 40 examples" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_fewer_examples_than_an_optimizer_step_takes_are_told(folder: Path, capsys):
+    """With the built-in defaults; what it says of more examples is in another test."""
+    data = [json.dumps({"prompt": f"{number}", "response": "b"}) + "\n" for number in range(3)]
+    (folder / "few.jsonl").write_text("".join(data))
+    assert main(["train", "--data", "few.jsonl", "--epochs", "1", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "\n2 to train on, 1 held out (--held-out changes that).\n" in out
+    assert "\n16 x 4 = 64 sequences in an optimizer step at most, here 2, 1 step, token_mean" in out
 
 
 def test_nothing_need_be_held_out(folder: Path, capsys):
@@ -323,6 +335,8 @@ def test_a_malformed_line_is_named_with_its_field(folder: Path, capsys, name: st
 
 
 def test_the_built_in_tasks_have_their_own_held_out_words(capsys):
+    assert main(["train", "--dry-run"]) == 0
+    assert "--held-out" not in capsys.readouterr().out
     assert main(["train", "--held-out", "0.5", "--dry-run"]) == 2
     assert capsys.readouterr().err.startswith("--held-out: got 0.5; expected none")
 
@@ -463,10 +477,22 @@ def test_infinity_is_remembered(folder: Path, capsys):
     assert train(capsys, "--resume", "--max-norm", "inf")[0] == 0
 
 
+def test_steps_that_a_kill_took_are_told(whole: Path, capsys):
+    for path in (whole / CHECKPOINTS).glob("step-00000010*"):  # as if it were killed in step 10
+        path.unlink()
+    for again in ("; a step that came after it is done again", ""):
+        metrics = whole / METRICS
+        _, _, err = train(capsys, "--resume", "--out", "whole")
+        assert err == f"Goes on from the last checkpoint, after optimizer step 9 of 10{again}.\n"
+        for path in (whole / CHECKPOINTS).glob("step-00000010*"):
+            path.unlink()
+        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:9]))
+
+
 def test_other_threads_are_told(whole: Path, capsys):
     _, _, err = train(capsys, "--resume", "--out", "whole", "--threads", 2)
     assert err == (
-        "Goes on at step 10, microbatch 0.\n"
+        "Already finished, 10 of 10 steps.\n"
         "Not bit for bit as if it had never stopped: the number of threads was 1 and is 2.\n"
     )
     assert torch.get_num_threads() == 1
@@ -533,7 +559,11 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(
     assert (status, err) == (130, "")
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    assert train(capsys, "--resume")[0] == 0
+    step = load_checkpoint(folder / "run" / CHECKPOINTS)["step"]
+    status, _, err = train(capsys, "--resume")
+    assert status == 0
+    start = f"Goes on from the last checkpoint, after optimizer step {step} of 10"
+    assert err in (f"{start}.\n", f"{start} and 1 microbatch of the next.\n")
     assert same_run(folder / "run", whole)
 
 
@@ -661,7 +691,7 @@ def test_a_disk_that_fails_at_any_write_loses_nothing(whole: Path, folder: Path,
         run = folder / f"run-{number}"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                sft_edu.commands.report_page, "_svg", lambda lines, dark: "data:"
+                sft_edu.commands.report_page, "_svg", lambda lines, **look: "data:"
             )  # writes nothing, and takes time
             disk = Disk(patch, number, kind)
             status, _, err = train(capsys, "--out", run)
@@ -700,7 +730,7 @@ import os, signal, sys, time, torch
 torch.set_num_threads(1)
 import torch._dynamo, sft_edu.commands.report_page  # slow to import, and needed by all
 from sft_edu.cli import main
-sft_edu.commands.report_page._svg([{"step": 1}], dark=False)
+sft_edu.commands.report_page._svg([{"step": 1}], dark=False, columns=2)
 for line in sys.stdin:
     seconds, *arguments = line.split()
     child = os.fork()

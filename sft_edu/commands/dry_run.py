@@ -73,8 +73,9 @@ def _arithmetic(run: PreparedRun) -> list[str]:
         f"{training.minibatch_size} sequences; the first has {minibatch_tokens:,} response tokens",
         f"Epoch           {epoch}",
         f"Run             {steps:,} x {_number(config.num_epochs, 'epoch')} = {_number(training.num_steps, 'step')}; "
-        f"learning rate up to {config.learning_rate:g} after {config.warmup_steps}, "
-        f"then down towards {config.learning_rate * config.final_share:g}",
+        f"learning rate up to {config.learning_rate:g} after "
+        f"{_number(config.warmup_steps, 'warm-up step')}, then down towards "
+        f"{config.learning_rate * config.final_share:g}",
         f"Rule            {rule.name}, D = {rule.formula}; in the first microbatch D = {denominator}",
         f"Model           {sum(p.numel() for p in training.model.parameters()):,} parameters on {training.device}",
     ]

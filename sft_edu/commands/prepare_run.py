@@ -54,9 +54,10 @@ class PreparedRun:
 
     @property
     def split(self) -> str:
-        """How many examples are trained on, and how many are not."""
+        """How many examples are trained on, and how many are not; of people's own they decide that."""
         trained = len(self.training.examples)
-        return f"{trained:,} to train on, {len(self.examples) - trained:,} held out"
+        words = f"{trained:,} to train on, {len(self.examples) - trained:,} held out"
+        return words + " (--held-out changes that)" * (self.settings.data is not None)
 
 
 def prepare_run(

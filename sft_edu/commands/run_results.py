@@ -14,6 +14,7 @@ from sft_edu.model import TinyLM
 from sft_edu.training.pretrained import save_model
 from sft_edu.training.run import RunFolder
 from sft_edu.training.tiny_run import save_tiny_model
+from sft_edu.training.train import Training
 from sft_edu.training.whole_file import write_whole
 
 REPORT = "report.html"
@@ -40,14 +41,18 @@ def _own_path(folder: Path, suffix: str = "") -> Path:
     return folder / note.read_text(encoding="utf-8")
 
 
+def how_far(training: Training) -> str:
+    """Such as "after optimizer step 3 of 10 and 1 microbatch of the next"."""
+    words = f"after optimizer step {training.step:,} of {training.num_steps:,}"
+    several = "es" * (training.microbatch > 1)
+    return words + f" and {training.microbatch} microbatch{several} of the next" * bool(training.microbatch)
+
+
 def final_words(prepared: PreparedRun, run: RunFolder, model: Path | None) -> list[str]:
     """How far the run got, how good the model is, what was cut, and where the model lies."""
     training, lines = prepared.training, run.records()
     how = "Finished" if training.finished else "Stopped"
-    words = f"{how} after optimizer step {training.step:,} of {training.num_steps:,}"
-    several = "es" * (training.microbatch > 1)
-    words += f" and {training.microbatch} microbatch{several} of the next." * bool(training.microbatch) or "."
-    sentences = [words, f"Data: {prepared.examples}"]
+    sentences = [f"{how} {how_far(training)}.", f"Data: {prepared.examples}"]
     scored = [line for line in lines if "held_out_exact_match" in line]
     if scored:
         share, step, total = scored[-1]["held_out_exact_match"], scored[-1]["step"], len(prepared.evaluation.examples)

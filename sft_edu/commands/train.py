@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from sft_edu.commands.claim import LOCK, check_free, claim, is_restarted, resume_command
 from sft_edu.commands.dry_run import describe_run
 from sft_edu.commands.prepare_run import TINY, PreparedRun, prepare_run
-from sft_edu.commands.run_results import final_words, save_final_model, write_report
+from sft_edu.commands.run_results import final_words, how_far, save_final_model, write_report
 from sft_edu.commands.run_settings import SETTINGS, RunSettings, read_settings
 from sft_edu.commands.train_options import OPTION_NAMES, add_options
 from sft_edu.ranks.torchrun import RankError, is_launched, ranks_from_environment
@@ -40,8 +40,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         description="Train a model on the built-in tasks, or on your own examples, and leave metrics, checkpoints, the "
         "model and a report in a folder. Ctrl+C stops after the microbatch and keeps everything.",
         epilog="torchrun --nproc-per-node 2 -m sft_edu train ... shares the work among two processes; the options say "
-        "what all of them do together, and so the result is the same. Exit status: 0 if the run is finished, 1 if it "
-        "failed, 2 if it could not begin, 130 if Ctrl+C stopped it.",
+        "what all of them do together, and so the result is the same but for rounding. Exit status: 0 if the run is "
+        "finished, 1 if it failed, 2 if it could not begin, 130 if Ctrl+C stopped it.",
         argument_default=argparse.SUPPRESS,  # what is not said here may stand in the folder of the run
     )
     add_options(parser)
@@ -132,7 +132,7 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
         for warning in caught:
             _say(str(warning.message), 0)
         if options.resume and prepared.training.ranks.rank == 0:
-            _say(f"Goes on at step {prepared.training.step}, microbatch {prepared.training.microbatch}.", 0)
+            _say(_where_it_stands(run), 0)
         return _train_to_the_end(prepared, run, resume_command(folder, shard=options.shard))
     except Timeout as error:
         raise _Refused(f"{folder}: another process trains in it; wait for it, or take another folder: --out") from error
@@ -140,6 +140,15 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
         raise _Refused(_words(error)) from error
     finally:
         lock.release()
+
+
+def _where_it_stands(run: RunFolder) -> str:
+    if run.training.finished:
+        return f"Already finished, {run.training.step:,} of {run.training.num_steps:,} steps."
+    again = "; a step that came after it is done again"
+    if run.steps_again != 1:
+        again = f"; {run.steps_again:,} steps that came after it are done again" * bool(run.steps_again)
+    return f"Goes on from the last checkpoint, {how_far(run.training)}{again}."
 
 
 def _train_to_the_end(prepared: PreparedRun, run: RunFolder, go_on: str) -> int:
@@ -210,9 +219,12 @@ def _failed(run: RunFolder) -> str:
 def _size(prepared: PreparedRun) -> str:
     training, config = prepared.training, prepared.training.config
     shared = training.ranks.note(config.gradient_accumulation_steps)
+    there_are, num_steps = len(training.examples), training.num_steps
+    here = f" at most, here {there_are}" * (there_are < training.minibatch_size)
+    steps = f"{num_steps:,} step{'s' * (num_steps != 1)}"
     return (
         f"{config.microbatch_size} x {config.gradient_accumulation_steps} = {training.minibatch_size} sequences in an "
-        f"optimizer step, {training.num_steps:,} steps, {config.rule}, on {training.device}{shared}."
+        f"optimizer step{here}, {steps}, {config.rule}, on {training.device}{shared}."
     )
 
 

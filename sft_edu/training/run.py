@@ -54,7 +54,8 @@ class RunFolder:
             checkpoint.set_random_state(state["random"])
             self.differences = training.load_state_dict(state) + checkpoint.environment_differences(state)
             self._saved = self._position()
-        first(self._take_back_metrics)
+        self.steps_again: int = first(self._take_back_metrics)
+        """How many optimizer steps had been done after the checkpoint that a resumed run goes on from."""
         self.save()
 
     def records(self) -> list[dict[str, object]]:
@@ -97,11 +98,13 @@ class RunFolder:
     def _position(self) -> tuple[int, int]:
         return self.training.step, self.training.microbatch
 
-    def _take_back_metrics(self) -> None:
-        """Keep the lines up to the step at which the run stands."""
+    def _take_back_metrics(self) -> int:
+        """Keep the lines up to the step at which the run stands, and count the others."""
         path = self.folder / METRICS
-        kept = [line for line in read_metrics(path) if line["step"] <= self.training.step] if path.exists() else []
+        lines = self.records() if path.exists() else []
+        kept = [line for line in lines if line["step"] <= self.training.step]
         write_whole(path, "".join(as_json(line) + "\n" for line in kept).encode())
+        return len(lines) - len(kept)
 
 
 def as_json(value: object) -> str:
