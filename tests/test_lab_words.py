@@ -106,9 +106,25 @@ def test_text_and_saved_pictures_are_true_after_every_change(kind):
         assert [fact for fact in FACTS[kind](lab) if fact not in said] == [], change
         svg = ElementTree.fromstring(save.to_bytes("svg"))
         assert svg[1].text == repr(lab)
+        assert [text.text for text in svg.iter(SVG_TEXT)][-1] == f"{kind.__name__}: {lab.state}"
         with Image.open(io.BytesIO(save.to_bytes("png"))) as png:
             assert png.info["Description"] == repr(lab)
         assert [number for number in drawn(lab) if number not in [text.text for text in svg.iter(SVG_TEXT)]] == []
+
+
+def test_a_long_state_stands_in_lines_below_the_picture_and_leaves_it_as_it_was():
+    lab = MaskLab(["Capital of Peru? "] * 9, ["Lima"] * 9)
+    save, figure = find(lab, SavePicture)[0], lab.figure()
+    save.make_figure = lambda: figure
+    *_, first, second = ElementTree.fromstring(save.to_bytes("svg")).iter(SVG_TEXT)
+    assert (first.text + second.text).replace(" ", "") == f"MaskLab:{lab.state}"
+    captioned, plain = (
+        Image.open(io.BytesIO(one.to_bytes("png"))).convert("RGB") for one in (save, SavePicture(lambda: figure))
+    )
+    assert figure.texts == []
+    assert captioned.height > plain.height + 40
+    assert captioned.crop((0, 0, *plain.size)).tobytes() == plain.tobytes()
+    assert len(captioned.crop((0, plain.height, *captioned.size)).getcolors(9999)) > 9
 
 
 def drawn(lab) -> list[str]:

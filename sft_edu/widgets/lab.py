@@ -47,7 +47,8 @@ class Lab(ipywidgets.VBox):
         self._state_box.observe(self._state_by_hand, "value")
         # What is said of a number stands below the numbers, what is said of a state below the state.
         self._complaint, self._state_complaint = ipywidgets.HTML(), ipywidgets.HTML()
-        save = SavePicture(self.figure, name=type(self).__name__, description=lambda: repr(self))
+        name = type(self).__name__
+        save = SavePicture(self.figure, name, description=lambda: repr(self), caption=lambda: f"{name}: {self.state}")
         footer = ipywidgets.HBox([self._state_box, save], layout={"flex_flow": "row wrap"})
         self.children = [controls, self._complaint, *views, footer, self._state_complaint, KeyboardGuard()]
         self.observe(self._changed, [trait for trait, _ in self.SETTINGS.values()])

@@ -5,20 +5,26 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 import traitlets
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
+from sft_edu.plots import FAINT
 from sft_edu.widgets.live_view import LiveView, text, wrong
 from sft_edu.widgets.page import page_text
 
 FORMATS = ("png", "svg")
 
 _PIXELS_PER_INCH = 200
+_MARGIN, _POINTS = 0.08, 7  # around a caption, in inches, and the size of its font
+_LETTER = 0.61 * _POINTS / 72  # inches that a letter is wide
 _SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "sft_edu"}  # letters stay text; equal pictures, equal files
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _drawing = threading.RLock()  # for matplotlib's settings, and for a figure that two buttons draw
@@ -34,6 +40,8 @@ class SavePicture(LiveView):
         description: what the figure shows, in words, or a function that says so after `make_figure` has run. It goes
             into the file.
         title: of the figure, `name` if empty. It goes into the file too.
+        caption: a line below the figure, or a function that says so after `make_figure` has run. The file is as much
+            taller.
     """
 
     _esm = page_text("save_picture.js")
@@ -45,9 +53,10 @@ class SavePicture(LiveView):
         name: str = "picture",
         description: str | Callable[[], str] = "",
         title: str = "",
+        caption: str | Callable[[], str] = "",
         **layout: object,
     ) -> None:
-        self.make_figure, self.description, self.title = make_figure, description, title
+        self.make_figure, self.description, self.title, self.caption = make_figure, description, title, caption
         super().__init__(name=name, **layout)
         self.on_msg(self._answer)
 
@@ -66,9 +75,10 @@ class SavePicture(LiveView):
             figure = self.make_figure()
             if not isinstance(figure, Figure):
                 raise TypeError(f"make_figure: got {type(figure).__name__}; expected a matplotlib.figure.Figure")
-            description = self.description() if callable(self.description) else self.description
+            description, caption = (said() if callable(said) else said for said in (self.description, self.caption))
             draw = _svg if file_format == "svg" else _png
-            return draw(figure, self.title or self.name, description)
+            with _captioned(figure, caption) as box:
+                return draw(figure, self.title or self.name, description, box)
 
     def to_file(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the picture to a file that ends in .png or .svg.
@@ -104,20 +114,36 @@ class SavePicture(LiveView):
         return f"SavePicture({self.name!r}): save PNG, save SVG"
 
 
-def _png(figure: Figure, title: str, description: str) -> bytes:
+@contextmanager
+def _captioned(figure: Figure, caption: str) -> Iterator[Bbox]:
+    """Write the caption below the figure for a while; what is to be saved, in inches. Nothing in the figure moves."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(caption, max(1, int((width - 2 * _MARGIN) / _LETTER)))
+    look = {"family": "monospace", "fontsize": _POINTS, "color": FAINT, "linespacing": 1.3, "parse_math": False}
+    written = figure.text(_MARGIN / width, -_MARGIN / height, "\n".join(lines), va="top", **look)
+    below = len(lines) * 1.5 * _POINTS / 72 + 2 * _MARGIN if lines else 0
+    below = round(below * _PIXELS_PER_INCH) / _PIXELS_PER_INCH  # whole pixels, or the figure would blur
+    try:
+        yield Bbox([[0, -below], [width, height]])
+    finally:
+        written.remove()
+
+
+def _png(figure: Figure, title: str, description: str, box: Bbox) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Title": title, "Description": description}
-    figure.savefig(buffer, format="png", dpi=_PIXELS_PER_INCH, metadata=metadata)
+    figure.savefig(buffer, format="png", dpi=_PIXELS_PER_INCH, metadata=metadata, bbox_inches=box)
     return buffer.getvalue()
 
 
-def _svg(figure: Figure, title: str, description: str) -> bytes:
+def _svg(figure: Figure, title: str, description: str, box: Bbox) -> bytes:
     """With `<title>` and `<desc>` at its top, which screen readers read."""
     buffer = io.StringIO()
     before = {name: matplotlib.rcParams[name] for name in _SVG_SETTINGS}
     matplotlib.rcParams.update(_SVG_SETTINGS)
     try:
-        figure.savefig(buffer, format="svg", metadata={"Title": title, "Description": description, "Date": None})
+        metadata = {"Title": title, "Description": description, "Date": None}
+        figure.savefig(buffer, format="svg", metadata=metadata, bbox_inches=box)
     finally:
         matplotlib.rcParams.update(before)
     described = f"</title>\n <desc>{html.escape(description, quote=False)}</desc>"
