@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,9 +178,12 @@ def test_the_start_page_shows_what_was_done(folder):
     assert page.line(first) == (first.title, str(first.minutes), f"1 of {len(first.questions)}", "✓ solved")
     assert page.line(second)[2:] == (f"0 of {len(second.questions)}", "open")
     assert page.summary() == (
-        f"1 of {len(lessons())} exercises solved. Next: {second.title}. Kept in sft_edu_progress.json."
+        f"1 of {len(lessons())} exercises solved. Next: {second.title}. "
+        "Kept in sft_edu_progress.json, in the folder above that of the lessons."
     )
-    assert all(text in repr(page) and text in page._repr_html_() for text in (*page.line(first), page.summary()))
+    shown = re.sub("<.+?>", "", page._repr_html_())
+    assert all(text in repr(page) and text in shown for text in (*page.line(first), page.summary(), "predicted"))
+    assert f'Next: <a href="{second.name}.ipynb">{second.title}</a>.' in page._repr_html_()
 
     for lesson in lessons():
         for name in lesson.exercises:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 
 from sft_edu.course.lessons import Lesson, lessons
 from sft_edu.course.progress import PROGRESS, Progress, current
 from sft_edu.widgets.table import text_table
 
-_COLUMNS = ("lesson", "minutes", "predictions", "exercise")
+_COLUMNS = ("lesson", "minutes", "predicted", "exercise")
 _CELL = "font: inherit; padding: 3px 22px 3px 0; text-align: left; white-space: nowrap"
 
 
@@ -34,9 +35,12 @@ class StartPage:
 
     def summary(self) -> str:
         """What is done, what comes next, and where it is kept."""
+        return self._summary(lambda lesson: lesson.title)
+
+    def _summary(self, named: Callable[[Lesson], str]) -> str:
         open_ones = [lesson for lesson in self.lessons if not _solved(lesson, self.progress)]
         solved = len(self.lessons) - len(open_ones)
-        following = f"Next: {open_ones[0].title}." if open_ones else "All exercises are solved."
+        following = f"Next: {named(open_ones[0])}." if open_ones else "All exercises are solved."
         return f"{solved} of {len(self.lessons)} exercises solved. {following} {_keeping(self.progress)}"
 
     def __repr__(self) -> str:
@@ -46,12 +50,16 @@ class StartPage:
         head = "".join(_cell("th", f"<b>{name}</b>", ' scope="col"') for name in _COLUMNS)
         rows = []
         for lesson in self.lessons:
-            title, *rest = map(escape, self.line(lesson))
-            link = _cell("th", f'<a href="{lesson.name}.ipynb">{title}</a>', ' scope="row"')
-            rows.append(f"<tr>{link}{''.join(_cell('td', text) for text in rest)}</tr>")
+            title = _cell("th", _link(lesson), ' scope="row"')
+            rest = "".join(_cell("td", escape(text)) for text in self.line(lesson)[1:])
+            rows.append(f"<tr>{title}{rest}</tr>")
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         # JupyterLab sets the tables of an output in its smallest size.
-        return f'<div style="font-size: 14px; overflow-x: auto">{table}<p>{escape(self.summary())}</p></div>'
+        return f'<div style="font-size: 14px; overflow-x: auto">{table}<p>{self._summary(_link)}</p></div>'
+
+
+def _link(lesson: Lesson) -> str:
+    return f'<a href="{lesson.name}.ipynb">{escape(lesson.title)}</a>'
 
 
 def _cell(tag: str, content: str, scope: str = "") -> str:
@@ -64,7 +72,7 @@ def _solved(lesson: Lesson, progress: Progress) -> bool:
 
 def _keeping(progress: Progress) -> str:
     if progress.kept:
-        return f"Kept in {PROGRESS}."
+        return f"Kept in {PROGRESS}, in the folder above that of the lessons."
     if progress.folder is not None:
         return f"The folder cannot be written, so {PROGRESS} is not kept."
     return "Nothing kept yet: run this cell in sft-edu lab or make lab, and it shows what you did."

@@ -65,6 +65,8 @@ def test_links_open_the_lessons(lab: LabPage):
     lab.open("00_start_here.ipynb")
     lab.run_all()
     shown = lab.page.locator(SHOWN)
+    following = shown.locator(".jp-OutputArea p", has_text="Next:").get_by_role("link", name="0. Start here")
+    expect(following).to_have_count(1)
     shown.locator(".jp-OutputArea a", has_text="2. One step").click()
     opened(lab, "02_one_step.ipynb")
     shown.get_by_role("link", name="3. Gradient accumulation").last.click()
