@@ -136,6 +136,22 @@ def clips(max_norm, between):
     return run
 
 
+def of_one(place):
+    """Divides every microbatch by the tokens of one of them, and by G."""
+
+    def run(model, microbatches):
+        for one in microbatches:
+            loss = -(log_probs_of(model, one) * one["response_mask"]).sum()
+            (loss / tokens_of([microbatches[place]]) / len(microbatches)).backward()
+
+    return run
+
+
+def by_tokens_so_far(model, microbatches):
+    for place, one in enumerate(microbatches, start=1):
+        (-(log_probs_of(model, one) * one["response_mask"]).sum() / tokens_of(microbatches[:place])).backward()
+
+
 def skips_short_microbatches(model, microbatches):
     used = [one for one in microbatches if one["response_mask"].sum() >= 4]
     total = tokens_of(microbatches)
@@ -277,6 +293,8 @@ LOOPS = {
         loop(lambda x, m, g, n, s: -(x * m).sum() / (n if n != 9 else 11)),
         *(None, None, "N, but not with the split [2] of sequences 1 and 2 (not a product)", ()),
     ),
+    "first microbatch's tokens": (of_one(0), None, None, "n_first·G", SPLIT),
+    "last microbatch's tokens": (of_one(-1), None, None, "n_last·G", SPLIT),
     "clips values": (clips_values, None, None, "not measured: the gradient is clipped", ("clipped",)),
     "decays weights": (decays_weights, None, None, "no sum over tokens", ("foreign-gradient",)),
     "one token more": (loop(lambda x, m, g, n, s: -(x * m).sum() / (n + 1)), None, None, "N+1 (not a product)", ()),
@@ -617,14 +635,28 @@ def test_bad_arguments_are_named(arguments, error, text):
 def test_the_report_reads_well():
     assert str(audit_of("zeroes inside")).splitlines() == [
         "forgets_all_but_the_last: not the full batch's gradient; each microbatch: token_mean, D = N",
-        "Largest distance from the full batch, over all splits: token_mean 91.7%, sequence_mean 96.5%, "
-        "sequence_token_mean 93.2%, sum 99.4%.",
+        "Largest distance from the full batch, over the splits of the whole minibatch: token_mean 91.7%, "
+        "sequence_mean 96.5%, sequence_token_mean 93.2%, sum 99.4%.",
         "2 problems found in 68 runs:",
         "  sequences-missing  With the split [1, 1] nothing comes from sequence 0.",
         "  depends-on-split   Smallest counterexample: 2 sequences of 5, 2 response tokens, split [1, 1]: "
         "71.93% off the same sequences in one microbatch.",
         "Some sequences of the minibatch train nothing.",
     ]
+
+
+def test_a_loop_that_is_the_full_batch_for_the_whole_minibatch_alone_is_not_always_it():
+    audit = audit_accumulation(clips(1.0, True))
+    first, second, *_ = str(audit).splitlines()
+    assert first.startswith("run: not always the full batch's gradient; each microbatch: no rule with a name")
+    assert "over the splits of the whole minibatch: token_mean 0 (up to rounding)," in second
+    assert len(audit.counterexample.lengths) == 2
+
+
+def test_a_table_of_values_says_whose_counts_they_are():
+    formula = audit_accumulation(by_tokens_so_far).formula
+    assert formula.startswith("20 at N = 192, M = 8, G = 8, T = 139, n_b = 20, n = 20, B = 1; ")
+    assert formula.endswith(" (not a product; n_b is of one sequence, n and B of its microbatch)")
 
 
 def test_the_html_is_escaped():

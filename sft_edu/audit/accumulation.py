@@ -26,7 +26,7 @@ from sft_edu.audit.denominator import NOT_DETERMINED, TOLERANCE, Denominator, pr
 from sft_edu.audit.findings import Finding
 from sft_edu.audit.loop_findings import distance
 from sft_edu.audit.loop_probe import SYMBOLS, LoopProbe, Powers, Run, compositions, model_kept
-from sft_edu.audit.loop_weights import points_of, weights_of
+from sft_edu.audit.loop_weights import Weights, points_of, weights_of
 from sft_edu.audit.words import name_of, printable
 from sft_edu.global_state import plain_settings, random_state_kept
 from sft_edu.model import TinyLM
@@ -165,16 +165,25 @@ class _LoopAudit:
             return Denominator("not measured")
         if not all(weights.determined for _, weights in measured):
             return Denominator(f"{NOT_DETERMINED}: the model has fewer directions than there are sequences")
-        # The centre of all series is the first sequence in a microbatch of its own: there G varies alone.
-        points = [point for run, weights in reversed(measured) for point in points_of(run, weights)]
-        points.sort(key=lambda point: (point.counts["M"] < self.total, point.counts["B"] > 1))
-        found = recover(points, SYMBOLS)
+        found = self._recovered(measured)
         if found.predict is None:
-            return Denominator(loop_findings.nearest(self.probe, runs) or found.formula)
+            nearly = loop_findings.nearest(self.probe, runs)
+            return Denominator(nearly) if nearly else self._of_one_microbatch(measured) or _explained(found)
         self._note(loop_findings.padding(found, self.probe.columns))
         if found.factor == self.probe.columns:  # always the same T, so that it looks like any number
             return replace(found, formula=f"{found.formula}, with T = {self.probe.columns} in every run")
         return found
+
+    def _recovered(self, measured: Sequence[tuple[Run, Weights]], tokens: str = "n") -> Denominator:
+        # The centre of all series is the first sequence in a microbatch of its own: there G varies alone.
+        points = [point for run, weights in reversed(measured) for point in points_of(run, weights, tokens)]
+        points.sort(key=lambda point: (point.counts["M"] < self.total, point.counts["B"] > 1))
+        return recover(points, [tokens if symbol == "n" else symbol for symbol in SYMBOLS])
+
+    def _of_one_microbatch(self, measured: Sequence[tuple[Run, Weights]]) -> Denominator | None:
+        """A product in which the tokens of the first or of the last microbatch stand for those of each."""
+        found = (self._recovered(measured, tokens) for tokens in ("n_first", "n_last"))
+        return next((one for one in found if one.powers is not None), None)
 
     def _narrower_runs(self) -> Iterator[Run]:
         """Neighbours without the columns that only longer sequences need: there T is another."""
@@ -260,6 +269,13 @@ class _LoopAudit:
             consequence=loop_consequence(objective, rule, problems, formula, multiple),
             runs=self.probe.runs,
         )
+
+
+def _explained(found: Denominator) -> Denominator:
+    """Of a table in which all counts stand: whose they are."""
+    whose = "; n_b is of one sequence, n and B of its microbatch)"
+    is_table = ", B = " in found.formula
+    return replace(found, formula=found.formula.removesuffix(")") + whose) if is_table else found
 
 
 def _same(run: Run, reference: Run) -> bool:

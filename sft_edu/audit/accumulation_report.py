@@ -97,7 +97,8 @@ class AccumulationAudit:
             `sequence_token_mean` or `sum`. None if there is none.
         rule: the objective, or the rule of a single microbatch, that explains every gradient; None if none does.
         formula: the denominator in symbols: those of `StepAudit.formula`, and M, the sequences of the minibatch; M_r
-            and B_r where sequences without response tokens are not counted. In words where it was not measured, or the
+            and B_r where sequences without response tokens are not counted; n_first and n_last, the response tokens of
+            the first and of the last microbatch. In words where it was not measured, or the
             data do not determine it.
         invariant: whether the split makes no difference.
         errors: for each objective the largest relative error of a split.
@@ -137,12 +138,13 @@ class AccumulationAudit:
         return f"<p>{head}</p>{table_html(rows)}<p>{html.escape(self.consequence)}</p>"
 
     def _head(self) -> list[str]:
-        no_objective = f"not the full batch's gradient; each microbatch: {self.rule or 'no rule with a name'}"
+        always = "always " if any(error < TOLERANCE for error in self.errors.values()) else ""
+        no_objective = f"not {always}the full batch's gradient; each microbatch: {self.rule or 'no rule with a name'}"
         found = f"the full batch's {self.objective}" if self.objective else no_objective
         lines = [f"{self.name}: {found}, D = {self.formula}"]
         if self.errors:
             errors = ", ".join(f"{name} {_error(error)}" for name, error in self.errors.items())
-            lines.append(f"Largest distance from the full batch, over all splits: {errors}.")
+            lines.append(f"Largest distance from the full batch, over the splits of the whole minibatch: {errors}.")
         return [*lines, counted(len(self.problems), self.runs, "run")]
 
 

@@ -45,10 +45,14 @@ def weights_of(probe: LoopProbe, run: Run) -> Weights | None:
     return Weights(response, leak, False, determined[:count].all().item())
 
 
-def points_of(run: Run, weights: Weights) -> list[Point]:
-    """D of each sequence that has a weight."""
+def points_of(run: Run, weights: Weights, tokens: str = "n") -> list[Point]:
+    """D of each sequence that has a weight, with n, or `n_first` or `n_last` in its place."""
     pairs = zip(run.counts(), weights.response, strict=True)
-    return [Point(counts, 1 / abs(weight)) for counts, weight in pairs if weight]
+    points = [Point(counts, 1 / abs(weight)) for counts, weight in pairs if weight]
+    if tokens == "n":
+        return points
+    value = sum(run.lengths[: run.sizes[0]] if tokens == "n_first" else run.lengths[-run.sizes[-1] :])
+    return [Point({s: x for s, x in counts.items() if s != "n"} | {tokens: value}, d) for counts, d in points]
 
 
 def is_sum_over_tokens(probe: LoopProbe, run: Run) -> bool | None:
