@@ -16,9 +16,7 @@ CONSTANTS = (
 )
 """Code, hint, and the exponent of c in the denominator."""
 
-_INDEX_HINT = (
-    "Whole rows have a gradient, and the others have none: an integer mask as an index picks rows. Compare it with == 1."
-)
+_INDEX_HINT = "Whole rows have a gradient, others none: an integer mask as an index picks rows. Compare it with == 1."
 
 
 def denominators(mask: torch.Tensor, steps: int) -> list[tuple[str, str, float]]:
@@ -94,8 +92,8 @@ def _outside(gradient: torch.Tensor, mask: torch.Tensor) -> tuple[str, str]:
         return "mask-shifted", "Tokens with mask 0 have a gradient: the mask is one place off. It lies on the labels."
     if trained[:2].all() and not trained[2:].any():  # a mask of 0 and 1 as an index picks the rows 0 and 1
         return "mask-as-index", _INDEX_HINT
-    which = "Every token has a gradient, also where the mask is 0" if trained.all() else "Tokens with mask 0 are trained"
-    return "mask-ignored", f"{which}. Use the mask before you sum."
+    found = "Every token has a gradient, also with mask 0" if trained.all() else "Tokens with mask 0 are trained"
+    return "mask-ignored", f"{found}. Use the mask before you sum."
 
 
 def _moved(mask: torch.Tensor, by: int) -> torch.Tensor:
