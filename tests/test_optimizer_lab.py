@@ -11,7 +11,7 @@ import traitlets
 from test_widgets import close, find
 
 from sft_edu.digits import fixed
-from sft_edu.optimizer_runs import BUGS, outcome, pair_weights, run_optimizer
+from sft_edu.optimizer_runs import BUGS, HIDES, outcome, pair_weights, run_optimizer
 from sft_edu.widgets import Bars, OptimizerLab, SavePicture, optimizer_lab
 
 OPENING = """\
@@ -140,6 +140,22 @@ def test_a_bad_state_is_answered_in_words_and_changes_nothing(bad):
 )  # fmt: skip
 def test_the_words_say_who_hides_the_bug(settings, words):
     assert words in OptimizerLab(**settings).words()
+
+
+def test_the_lab_says_what_off_by_and_exact_mean():
+    lab = OptimizerLab("no_G", optimizer_steps=50)
+    assert "off by: the length of the difference to the right change, as a share of that change" in lab._table.value
+    assert f"below {HIDES:g} the bug is hidden" in lab._table.value
+    assert "exact: the predicted length and cosine hold to six digits" in lab._table.value
+    adamw = lab.results[1]  # to four digits as predicted, and yet not exact
+    assert fixed(adamw.measured.ratio) == fixed(adamw.predicted.ratio)
+    assert not adamw.is_exact
+    wrong, right = (
+        run_optimizer(pair_weights(bug, 8), "AdamW", learning_rate=0.01, eps=1e-8).change[50] for bug in ("no_G", None)
+    )
+    off = float((wrong - right).norm() / right.norm())
+    assert f">{fixed(off)}</td>" in lab._table.value
+    assert adamw.hides == (off < HIDES)
 
 
 def test_rounding_alone_is_not_shown():

@@ -30,6 +30,11 @@ from sft_edu.widgets.table import html_table, text_table
 
 _TITLE = "how far the parameters have moved, with the right gradient = 1"
 _COLUMNS = ("optimizer", "length (predicted)", "cosine (predicted)", "prediction", "off by", "clips (with bug)")
+_LEGEND = (
+    "exact: the predicted length and cosine hold to six digits. off by: the length of the difference to the right "
+    f"change, as a share of that change; below {HIDES:g} the bug is hidden."
+)
+_SMALL = "margin: 4px 0 0; font-size: 12px; line-height: 16px"
 _ROUNDING = 1e-9  # may differ between machines
 
 
@@ -140,7 +145,7 @@ class OptimizerLab(Lab):
             self._bars.rows = self._rows()
             self._bars.words = self.words()
             self._bars.drawn = self._drawn
-        self._table.value = html_table(_COLUMNS, self._lines())
+        self._table.value = f'{html_table(_COLUMNS, self._lines())}<p style="{_SMALL}">{_LEGEND}</p>'
 
     def _rows(self) -> list[dict]:
         return [
