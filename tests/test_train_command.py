@@ -564,6 +564,10 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(
     assert status == 0
     start = f"Goes on from the last checkpoint, after optimizer step {step} of 10"
     assert err in (f"{start}.\n", f"{start} and 1 microbatch of the next.\n")
+    for _ in range(2):  # also when it is finished already
+        page = (folder / "run" / REPORT).read_text(encoding="utf-8")
+        assert f"<p>Went on after optimizer step {step}.</p>" in page
+        assert train(capsys, "--resume")[0] == 0
     assert same_run(folder / "run", whole)
 
 

@@ -49,10 +49,10 @@ def how_far(training: Training) -> str:
 
 
 def final_words(prepared: PreparedRun, run: RunFolder, model: Path | None) -> list[str]:
-    """How far the run got, how good the model is, what was cut, and where the model lies."""
+    """How far the run got and where it was resumed, how good the model is, what was cut, and where the model lies."""
     training, lines = prepared.training, run.records()
     how = "Finished" if training.finished else "Stopped"
-    sentences = [f"{how} {how_far(training)}.", f"Data: {prepared.examples}"]
+    sentences = [f"{how} {how_far(training)}.", *_went_on(run.went_on), f"Data: {prepared.examples}"]
     scored = [line for line in lines if "held_out_exact_match" in line]
     if scored:
         share, step, total = scored[-1]["held_out_exact_match"], scored[-1]["step"], len(prepared.evaluation.examples)
@@ -67,6 +67,12 @@ def final_words(prepared: PreparedRun, run: RunFolder, model: Path | None) -> li
         )
         sentences.append(f"Model: {model}; {how} reads it, and so does --model.")
     return sentences
+
+
+def _went_on(steps: Sequence[int]) -> list[str]:
+    if not steps:
+        return []
+    return [f"Went on after optimizer step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps)}."]
 
 
 def write_report(prepared: PreparedRun, run: RunFolder, words: Sequence[str]) -> Path:

@@ -49,11 +49,14 @@ class RunFolder:
         if not resume and first(lambda: any((self.folder / name).exists() for name in (METRICS, CHECKPOINTS))):
             raise FileExistsError(f"{self.folder}: holds a run; go on with it (resume) or take another folder")
         state = first(self._load) if resume else None
+        self.went_on: list[int] = []
+        """The optimizer steps after which the run was resumed; a checkpoint knows those that led to it."""
         self._saved: tuple[int, int] | None = None
         if state is not None:
             checkpoint.set_random_state(state["random"])
             self.differences = training.load_state_dict(state) + checkpoint.environment_differences(state)
             self._saved = self._position()
+            self.went_on = state.get("went_on", []) + [training.step] * (not training.finished)
         self.steps_again: int = first(self._take_back_metrics)
         """How many optimizer steps had been done after the checkpoint that a resumed run goes on from."""
         self.save()
@@ -83,7 +86,10 @@ class RunFolder:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
             checkpoint.save_checkpoint(
-                self.folder / CHECKPOINTS, state, step=training.step, microbatch=training.microbatch
+                self.folder / CHECKPOINTS,
+                state | {"went_on": self.went_on},
+                step=training.step,
+                microbatch=training.microbatch,
             )
         self._saved = self._position()
 
