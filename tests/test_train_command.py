@@ -1,5 +1,6 @@
 """The command `sft-edu train`: what it leaves behind, what it refuses, and that nothing is lost however it ends."""
 
+import argparse
 import errno
 import io
 import itertools
@@ -31,6 +32,7 @@ from sft_edu.commands.claim import LOCK, resume_command
 from sft_edu.commands.prepare_run import PRETRAINED_DEFAULTS, prepare_run
 from sft_edu.commands.run_results import MODEL, REPORT
 from sft_edu.commands.run_settings import SETTINGS, RunSettings
+from sft_edu.commands.train_options import add_options
 from sft_edu.data.jsonl import load_jsonl
 from sft_edu.model import TinyLM
 from sft_edu.tokens import ByteTokenizer
@@ -332,6 +334,15 @@ def test_a_malformed_line_is_named_with_its_field(folder: Path, capsys, name: st
     assert err.startswith(f"bad.jsonl, line 2{', ' * bool(field)}{field}: ")
     assert err.count("\n") == 1
     assert not (folder / "run").exists()
+
+
+def test_each_option_is_told_in_words_of_its_own():
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    told = {action.dest: action.help.partition("(default")[0].strip() for action in parser._actions}
+    assert [name for name, words in told.items() if len(words) < 15] == []
+    assert "torchrun" in told["shard"]
+    assert "template" in told["chat_template"]
 
 
 def test_the_built_in_tasks_have_their_own_held_out_words(capsys):

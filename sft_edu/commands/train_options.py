@@ -43,7 +43,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gradient-accumulation-steps", type=int, metavar="G", help="microbatches in an optimizer step (default: 4)"
     )
-    group.add_argument("--normalize-constant", type=float, metavar="C", help="for rules that use it (default: 1)")
+    group.add_argument(
+        "--normalize-constant",
+        type=float,
+        metavar="C",
+        help="c, a factor of the denominator in rules that have it (default: 1)",
+    )
     group.add_argument(
         "--epochs",
         type=int,
@@ -51,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how often each example is seen (default: 3, of the built-in tasks 1)",
     )
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: adamw)")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help="what turns the gradient into a step (default: adamw)")
     group.add_argument("--learning-rate", type=float, metavar="LR", help="its highest value (default: 3e-3)")
     group.add_argument(
         "--warmup-steps",
@@ -59,13 +64,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps in which the rate rises to LR (default: a tenth, at most 50)",
     )
-    group.add_argument("--weight-decay", type=float, metavar="W", help="(default: 0.01)")
+    group.add_argument("--weight-decay", type=float, metavar="W", help="of the weights, in each step (default: 0.01)")
     group.add_argument(
         "--max-norm", type=float, metavar="L", help="a longer gradient is cut to it; inf never clips (default: 1)"
     )
     group.add_argument("--seed", type=int, help="of the order, the tiny model and what is held out (default: 0)")
     group = parser.add_argument_group("the run")
-    group.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="(default: run)")
+    group.add_argument(
+        "--out",
+        type=Path,
+        default=Path("run"),
+        metavar="FOLDER",
+        help="where all that the run leaves is written (default: run)",
+    )
     group.add_argument(
         "--evaluate-every",
         type=int,
