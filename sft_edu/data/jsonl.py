@@ -71,7 +71,8 @@ def load_jsonl(path: str | os.PathLike[str]) -> list[Example | Conversation]:
             what is expected, of the first `MOST_PROBLEMS` such lines.
         OSError: the file cannot be read. The text names it.
     """
-    examples, problems = [], []
+    examples: list[Example | Conversation] = []
+    problems: list[tuple[int | None, str, str]] = []
     with Path(path).open("rb") as file:
         for number, line in enumerate(_lines(file), start=1):
             try:
