@@ -190,7 +190,7 @@ def test_an_option_longer_than_the_cell_breaks_into_lines_of_one_option(lab: Lab
     output = opened(lab, "04_loss_scaling.ipynb", "the lone token weighs")
     option = output.locator(".widget-radio-box label").nth(1)
     line = option.bounding_box()["height"]
-    output.evaluate("output => { output.style.width = '240px' }")
+    output.evaluate("output => { output.style.maxWidth = '300px' }")
     assert line < option.bounding_box()["height"] < 2 * line
     assert option.evaluate("option => option.scrollWidth <= option.closest('.widget-vbox').clientWidth")
     calm(lab)
