@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 from run_notebooks import METADATA
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -38,6 +39,7 @@ def take(picture: Path) -> None:
             page.set_viewport_size({"width": WIDTH, "height": 1400})  # all of the lab at once
             page.wait_for_timeout(1000)
             page.locator(".jp-OutputArea-output").first.screenshot(path=picture)
+    Image.open(picture).quantize().save(picture, optimize=True)  # few colours: half of the bytes
 
 
 if __name__ == "__main__":
