@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,6 +96,22 @@ def test_a_changed_dependency_is_installed(checkout: Checkout, name: str):
     checkout.make("lab")
     assert len(checkout.calls("pip install")) == 1
     assert not checkout.calls("-m venv")
+
+
+def test_every_version_that_is_installed_runs_on_the_oldest_python_that_is_promised():
+    """Debian 12 has Python 3.11.2: a patch release too new for it would be none that `make` can install there."""
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    oldest = re.fullmatch(r">=(\S+)", metadata.metadata("sft-edu")["Requires-Python"])[1] + ".0"
+    there = {name: metadata.metadata(name)["Requires-Python"] for name in pins if _is_installed(name)}
+    assert len(there) > 0.9 * len(pins)
+    assert {name: needed for name, needed in there.items() if oldest not in SpecifierSet(needed or "")} == {}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:  # a package of another platform
+        return False
 
 
 def test_a_removed_python_is_noticed(checkout: Checkout):
