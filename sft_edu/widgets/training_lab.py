@@ -103,7 +103,7 @@ class TrainingLab(Lab):
             max_norm=max_norm,
             train_on_prompt=train_on_prompt,
         )
-        self._state_box.layout.width = "660px"  # as long as the longest state
+        self._state_box.layout.flex = "1 1 660px"  # as long as the longest state
         *knobs, switch, reset = self.children[0].children
         self.children[0].children = knobs
         switch.layout.margin = "2px 2px 2px 20px"
