@@ -123,7 +123,7 @@ def test_no_two_known_mistakes_look_alike():
         (step(lambda x, m, g, c: right(x, m, g, c) * c), "normalize_constant is missing"),
         (step(lambda x, m, g, c: right(x, m, g, c) / m.sum()), "token count too"),
         (step(lambda x, m, g, c: right(x, m, g, c) / len(x)), "batch size"),
-        (step(lambda x, m, g, c: -x.sum() / c / g / g), "mask 0 have a gradient"),
+        (step(lambda x, m, g, c: -x.sum() / c / g / g), "Use the mask before you sum."),
         (step(right, backward=0), "No gradient arrived"),
         (step(right, backward=2), "doubled"),
         (step(right, detach=False), "still holds its graph"),
@@ -140,7 +140,7 @@ def test_no_two_known_mistakes_look_alike():
         (step(lambda x, m, g, c: -right(x, m, g, c) * g), "less likely. It is divided by G once."),
         (step(lambda x, m, g, c: -((x * m).sum(1) / m.sum(1)).sum() / c / g / g), "differs from token to token"),
         (step(lambda x, m, g, c: right(x, m, g, c).reshape(1)), "got shape [1]"),
-        (lambda x, m, g, c: step(right)(x, m.fill_(1), g, c), "mask 0 have a gradient"),
+        (lambda x, m, g, c: step(right)(x, m.fill_(1), g, c), "Use the mask before you sum."),
         (lambda x, m, g, c: step(right)(x, m.zero_(), g, c), "0 everywhere"),
     ],
 )
