@@ -33,8 +33,10 @@ def entry(name: str, value: object, module: object) -> str:
 
 def _signature(name: str, value: object) -> str:
     """On one line if it fits, else a line for each parameter."""
+    # Of a class, as its own __init__ says: some Pythons take the __new__ that traitlets has.
+    initialised = isinstance(value, type) and inspect.isfunction(value.__init__)
     try:
-        signature = inspect.signature(value)
+        signature = inspect.signature(value.__init__.__get__(value) if initialised else value)
     except ValueError:  # a warning takes anything
         return name
     text = str(signature)

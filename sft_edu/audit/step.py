@@ -64,11 +64,9 @@ def audit_step(step: Callable[..., object], *, seed: int = 0) -> StepAudit:
         ...     loss = -(log_probs * mask).sum() / constant / steps
         ...     loss.backward()
         ...     return loss, {}
-        >>> audit_step(step)
-        step: microbatch_mean, D = c·G
-        1 problem found in 38 calls:
-          loss-attached  The returned loss requires grad.
-        Keeping the returned loss, for a log, keeps the nodes of its graph in memory.
+        >>> found = audit_step(step)
+        >>> found.rule, found.formula, found.problems
+        ('microbatch_mean', 'c·G', ('loss-attached',))
     """
     if not callable(step):
         raise TypeError(f"step: got {printable(repr(step))} ({type(step).__name__}); expected a function")
