@@ -13,3 +13,8 @@ def fixed(value: float, places: int = 4) -> str:
 def compact(value: float) -> str:
     """Integers without a point, all else like `fixed`."""
     return str(int(value)) if abs(value) < 1e6 and value == int(value) else fixed(value)
+
+
+def number_of(count: int, noun: str, plural: str = "s") -> str:
+    """`1 step`, `1,200 steps`."""
+    return f"{count:,} {noun}{plural if count != 1 else ''}"

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from sft_edu.commands.prepare_run import PreparedRun
 from sft_edu.data.encode import Encoded
-from sft_edu.digits import compact
+from sft_edu.digits import compact, number_of
 from sft_edu.scaling import RULES
 from sft_edu.tokens import Tokenizer, visible_text, visible_token
 
@@ -61,9 +61,9 @@ def _arithmetic(run: PreparedRun) -> list[str]:
     denominator = compact(float(rule.denominator(symbols | {"N": minibatch_tokens})))
     trained, steps = len(training.examples), training.steps_per_epoch
     last = trained - (steps - 1) * training.minibatch_size
-    epoch = f"{trained:,} sequences / {training.minibatch_size} = {_number(steps, 'optimizer step')}"
+    epoch = f"{trained:,} sequences / {training.minibatch_size} = {number_of(steps, 'optimizer step')}"
     if last < training.minibatch_size:
-        epoch += f", the last with {last} in {_number(math.ceil(last / config.microbatch_size), 'microbatch', 'es')}"
+        epoch += f", the last with {last} in {number_of(math.ceil(last / config.microbatch_size), 'microbatch', 'es')}"
     return [
         f"Data            {run.examples}",
         f"                {run.split}",
@@ -72,17 +72,13 @@ def _arithmetic(run: PreparedRun) -> list[str]:
         f"Optimizer step  {config.microbatch_size} sequences x {config.gradient_accumulation_steps} microbatches = "
         f"{training.minibatch_size} sequences; the first has {minibatch_tokens:,} response tokens",
         f"Epoch           {epoch}",
-        f"Run             {steps:,} x {_number(config.num_epochs, 'epoch')} = {_number(training.num_steps, 'step')}; "
-        f"learning rate up to {config.learning_rate:g} after "
-        f"{_number(config.warmup_steps, 'warm-up step')}, then down towards "
+        f"Run             {steps:,} x {number_of(config.num_epochs, 'epoch')} = "
+        f"{number_of(training.num_steps, 'step')}; learning rate up to {config.learning_rate:g} after "
+        f"{number_of(config.warmup_steps, 'warm-up step')}, then down towards "
         f"{config.learning_rate * config.final_share:g}",
         f"Rule            {rule.name}, D = {rule.formula}; in the first microbatch D = {denominator}",
         f"Model           {sum(p.numel() for p in training.model.parameters()):,} parameters on {training.device}",
     ]
-
-
-def _number(count: int, noun: str, plural: str = "s") -> str:
-    return f"{count:,} {noun}{plural if count != 1 else ''}"
 
 
 def _count(sequences: list[Encoded]) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from sft_edu.commands.prepare_run import TINY, PreparedRun, prepare_run
 from sft_edu.commands.run_results import final_words, how_far, save_final_model, write_report
 from sft_edu.commands.run_settings import SETTINGS, RunSettings, read_settings
 from sft_edu.commands.train_options import OPTION_NAMES, add_options
+from sft_edu.digits import number_of
 from sft_edu.ranks.torchrun import RankError, is_launched, ranks_from_environment
 from sft_edu.training.checkpoint import DamagedCheckpointWarning
 from sft_edu.training.one_process import OneProcess
@@ -145,10 +146,10 @@ def _run(prepared: PreparedRun, options: argparse.Namespace) -> int:
 def _where_it_stands(run: RunFolder) -> str:
     if run.training.finished:
         return f"Already finished, {run.training.step:,} of {run.training.num_steps:,} steps."
-    again = "; a step that came after it is done again"
-    if run.steps_again != 1:
-        again = f"; {run.steps_again:,} steps that came after it are done again" * bool(run.steps_again)
-    return f"Goes on from the last checkpoint, {how_far(run.training)}{again}."
+    words = f"Goes on from the last checkpoint, {how_far(run.training)}"
+    if run.steps_again == 1:
+        return f"{words}; a step that came after it is done again."
+    return words + f"; {run.steps_again:,} steps that came after it are done again" * bool(run.steps_again) + "."
 
 
 def _train_to_the_end(prepared: PreparedRun, run: RunFolder, go_on: str) -> int:
@@ -219,12 +220,11 @@ def _failed(run: RunFolder) -> str:
 def _size(prepared: PreparedRun) -> str:
     training, config = prepared.training, prepared.training.config
     shared = training.ranks.note(config.gradient_accumulation_steps)
-    there_are, num_steps = len(training.examples), training.num_steps
+    there_are = len(training.examples)
     here = f" at most, here {there_are}" * (there_are < training.minibatch_size)
-    steps = f"{num_steps:,} step{'s' * (num_steps != 1)}"
     return (
         f"{config.microbatch_size} x {config.gradient_accumulation_steps} = {training.minibatch_size} sequences in an "
-        f"optimizer step{here}, {steps}, {config.rule}, on {training.device}{shared}."
+        f"optimizer step{here}, {number_of(training.num_steps, 'step')}, {config.rule}, on {training.device}{shared}."
     )
 
 

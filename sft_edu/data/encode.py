@@ -11,6 +11,7 @@ import torch
 
 from sft_edu.data.chat import ChatTemplate, PlainText, Tokens
 from sft_edu.data.examples import Conversation, Example, FieldError, check_conversation, check_example
+from sft_edu.digits import number_of
 
 if TYPE_CHECKING:
     from sft_edu.tokens import Tokenizer
@@ -56,9 +57,9 @@ class EncodedExamples(Sequence[Encoded]):
     def __str__(self) -> str:
         tokens = sum(len(sequence.input_ids) for sequence in self)
         in_responses = sum(sum(sequence.is_response) for sequence in self)
-        text = f"{_count(len(self))}, {tokens:,} tokens, {in_responses:,} of them in responses."
+        text = f"{number_of(len(self), 'example')}, {tokens:,} tokens, {in_responses:,} of them in responses."
         if self.truncated:
-            text += f" Cut to {self.max_length:,} tokens: {_count(self.truncated)}"
+            text += f" Cut to {self.max_length:,} tokens: {number_of(self.truncated, 'example')}"
             text += f"; response tokens were lost in {self.cut_responses:,}."
         return text
 
@@ -175,10 +176,6 @@ def _encoded(tokens: Tokens) -> Encoded:
     for start, stop in tokens.answers:
         is_response[start:stop] = [True] * (stop - start)
     return Encoded(tuple(tokens.ids), tuple(is_response))
-
-
-def _count(examples: int) -> str:
-    return f"{examples:,} example{'s' * (examples != 1)}"
 
 
 def fingerprint(examples: Sequence[Encoded]) -> str:

@@ -143,13 +143,10 @@ class MicrobatchLab(Lab):
 
     def _detail(self) -> list[str]:
         """The chosen stage in full and, without one or where it is `backward`, the gradient of the token in focus."""
-        token = [f"Gradient of token {list(self._token_mask.focused)}, the one in focus:", self._product()]
         chosen = {row.name: row for row in self._trace.rows()}.get(self._chain.selected)
-        if chosen is None:
-            return token
-        if chosen.name == "backward":
-            return [f"{chosen.name}, in symbols {chosen.symbol}", chosen.formula, *token]
-        lines = [f"{chosen.name}, in symbols {chosen.symbol}", chosen.formula]
+        lines = [f"{chosen.name}, in symbols {chosen.symbol}", chosen.formula] if chosen else []
+        if chosen is None or chosen.name == "backward":
+            return [*lines, f"Gradient of token {list(self._token_mask.focused)}, the one in focus:", self._product()]
         if chosen.gradient is not None:
             lines.append(f"its gradient, d scaled_loss / d {chosen.name}: {fixed(chosen.gradient.item())}")
         return lines
